@@ -1,17 +1,19 @@
-"""Evaluate a Llama, with or without a LongLoRA adapter, under full attention as at inference.
+"""Evaluate a Llama, with or without a LongLoRA adapter; full attention, as at inference, unless told otherwise.
 
     python eval.py perplexity --adapter out --context 256,512,1024,2048
     python eval.py passkey --adapter out --length 128,256,1024,2048
 
-Perplexity over windows of L tokens, by one of two protocols:
+Perplexity is over windows of L tokens, by one of two protocols:
 
-- once: windows start every `stride` tokens (default L/2); each token is scored once, in the first window that holds it; the
-  last window may be shorter. The honest figure.
-- official: windows start every `stride` tokens (default 256); all L - 1 targets of each whole window are scored, and the
-  result is the mean over windows. The paper's figure (Section 4.2).
+- once: windows start every `stride` tokens (L/2); each token is scored in the first window that holds it, and the last
+  window may be shorter. The honest figure.
+- official: windows start every `stride` tokens (256); all L - 1 targets of each whole window are scored, and the loss is the
+  mean of the windows' means. The paper's figure (Section 4.2).
 """
 import argparse
+import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,13 +24,12 @@ from tqdm import tqdm
 import longlora
 from data import prepare
 
-ROOT = Path(__file__).resolve().parent
-TINY_LLAMA = str(ROOT / "data" / "tiny-llama")
-BATCH_TOKENS = 8192  # short windows go together, up to this many tokens
+TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
+BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Setting up: shared with train.py
+# Setting up: train.py uses these too
 
 
 def default_device() -> torch.device:
@@ -36,27 +37,36 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of that name; "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     else:
-        native = False
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
 
-def open_tokens(data: str, model_path: str, vocab_size: int, split: str) -> np.ndarray:
-    """The token ids that `data` names, mapped: "stdlib" or "stdlib+tests" (its `split`), a .bin token file, or texts.
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    Texts are encoded with the model's tokenizer once and kept in data/tokens. Raises FileNotFoundError, and ValueError for
-    an empty file or ids beyond the vocabulary.
+
+def attention_pattern(attention: str, group_size: int) -> dict:
+    """The arguments of a model's call for "full", "local" (groups, none shifted) or "shifted" attention."""
+    return {} if attention == "full" else {"group_size": group_size, "shift": attention == "shifted"}
+
+
+def open_tokens(data: str, model_path: str, vocab_size: int, split: str | None = None) -> np.ndarray:
+    """The token ids (N,) that `data` names, mapped: "stdlib" or "stdlib+tests", a .bin token file, or texts.
+
+    `split` is "train", "valid" or "test". The library is split by file (None: "test"); of other data "valid" and "test" are
+    the last two twentieths, a million tokens each at most, and None is all. Texts are encoded with the model's tokenizer,
+    once, into data/tokens. Raises FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
     """
-    if data in ("stdlib", "stdlib+tests"):
-        path = prepare.library_tokens(model_path, split, tests=data.endswith("+tests") and split == "train")
+    library = data in ("stdlib", "stdlib+tests")
+    if library:
+        path = prepare.library_tokens(model_path, split or "test", tests=data.endswith("tests") and split == "train")
     elif Path(data).suffix == ".bin":
         path = Path(data)
         if not path.is_file():
@@ -66,12 +76,16 @@ def open_tokens(data: str, model_path: str, vocab_size: int, split: str) -> np.n
     dtype = np.dtype(prepare.token_dtype(vocab_size))
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path}: not a token file: {size} bytes are no whole number of {dtype.name} ids")
+        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
     tokens = np.memmap(path, dtype, mode="r")
     for start in range(0, len(tokens), 1 << 24):
         if (highest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
             raise ValueError(f"{path}: token id {highest} is beyond the model's vocabulary of {vocab_size}")
-    return tokens
+    if library or split is None:
+        return tokens
+    held_out = min(len(tokens) // 20, 1_000_000)
+    cut = len(tokens) - held_out
+    return {"train": tokens[:cut - held_out], "valid": tokens[cut - held_out:cut], "test": tokens[cut:]}[split]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,15 +116,15 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
     Raises ValueError if there is nothing to score.
     """
     stride = stride or (256 if protocol == "official" else max(1, context // 2))
+    if context < 2 or not 0 < stride < context and protocol == "once" or stride < 1:
+        raise ValueError(f"windows of {context} tokens cannot start every {stride} tokens")
     spans = list(windows(len(tokens), context, protocol, stride))
-    if not spans or context < 2 or len(tokens) < 2:
-        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context} by the protocol {protocol!r}")
-    if stride >= context and protocol == "once":
-        raise ValueError(f"the stride ({stride}) must be smaller than the context ({context})")
-    device = next(model.parameters()).device
+    if len(tokens) < context or not spans:
+        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context}")
+    device = model.lm_head.weight.device
     total, count = 0.0, 0
     with tqdm(total=sum(scored for *_, scored in spans), desc=f"context {context:,}", unit="tok", leave=False,
-              unit_scale=True) as bar, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+              unit_scale=True) as bar, autocast(device, dtype):
         while spans:
             most = max(1, BATCH_TOKENS // context)
             batch = [s for s in spans[:most] if s[1] - s[0] == spans[0][1] - spans[0][0]]
@@ -124,3 +138,121 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
             count += n
             bar.update(n)
     return math.exp(min(total / count, 700)), count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Passkey retrieval
+
+
+@torch.no_grad()
+def passkey_accuracy(model: longlora.Llama, tokenizer, length: int, trials: int, seed: int = 0,
+                     dtype: torch.dtype = torch.float32) -> float:
+    """Share of `trials` prompts of at most `length` tokens whose every answer token is the arg max (Section 4.2).
+
+    One forward pass a trial, no decoding. Keys and depths are those that training never draws.
+    """
+    rng, device = np.random.default_rng((seed, length)), model.lm_head.weight.device
+    right = 0
+    for _ in tqdm(range(trials), desc=f"length {length:,}", leave=False):
+        ids, n = prepare.passkey_document(tokenizer, length, rng, held_out=True)
+        tokens = torch.tensor([ids], device=device)
+        with autocast(device, dtype):
+            logits = model.lm_head(model.model(tokens)[:, -n - 1:-1])
+        right += torch.equal(logits.argmax(-1), tokens[:, -n:])
+    return right / trials
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def integers(text: str) -> list[int]:
+    """Positive integers joined by commas."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers, got {text}")
+    return values
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def load(args: argparse.Namespace) -> tuple[longlora.Llama, torch.dtype]:
+    device = default_device()
+    dtype = compute_dtype(args.dtype, device)
+    model = longlora.load_model(args.model, dtype, device)
+    if args.adapter:
+        longlora.load_adapter(model, args.adapter)
+    return model, dtype
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows of the same keys as aligned columns."""
+    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+                                for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def run_perplexity(args: argparse.Namespace) -> list[dict]:
+    model, dtype = load(args)
+    tokens = open_tokens(args.data, args.model, model.config.vocab_size)[:args.max_tokens]
+    rows = []
+    for context in args.context:
+        stride = args.stride or (256 if args.protocol == "official" else max(1, context // 2))
+        pattern = attention_pattern(args.attention, args.group_size or longlora.default_group_size(context))
+        value, count = perplexity(model, tokens, context, args.protocol, stride, dtype, **pattern)
+        rows.append({"context": context, "protocol": args.protocol, "stride": stride, "perplexity": value, "tokens": count})
+    return rows
+
+
+def run_passkey(args: argparse.Namespace) -> list[dict]:
+    model, dtype = load(args)
+    tokenizer = prepare.load_tokenizer(args.model)
+    return [{"length": length, "trials": args.trials,
+             "accuracy": passkey_accuracy(model, tokenizer, length, args.trials, args.seed, dtype)}
+            for length in args.length]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        sub.add_argument("--model", default=TINY_LLAMA, help="folder of the Llama")
+        sub.add_argument("--adapter", help="folder of a LongLoRA adapter, as train.py writes it")
+        sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                         help="compute in; auto: bfloat16 where it is native")
+        sub.add_argument("--json", type=Path, help="write the rows to this file too")
+        return sub
+
+    sub = command("perplexity", run_perplexity, "Perplexity over sliding windows.")
+    sub.add_argument("--data", default="stdlib", help="stdlib (its test split), a .bin token file, .txt, .jsonl or a folder")
+    sub.add_argument("--context", type=integers, default="256,512,1024,2048", help="tokens in a window")
+    sub.add_argument("--protocol", default="once", choices=("once", "official"), help="see eval.py --help")
+    sub.add_argument("--stride", type=positive, help="tokens between windows (once: half a window; official: 256)")
+    sub.add_argument("--max-tokens", type=positive, help="read only so many tokens")
+    sub.add_argument("--attention", default="full", choices=("full", "shifted", "local"), help="attention pattern")
+    sub.add_argument("--group-size", type=positive, help="tokens in a group (a quarter of the window)")
+
+    sub = command("passkey", run_passkey, "Share of passkeys retrieved, by the length of the prompt.")
+    sub.add_argument("--length", type=integers, default="128,256,512,1024,2048", help="tokens in a prompt, at most")
+    sub.add_argument("--trials", type=positive, default=100, help="prompts at each length")
+    sub.add_argument("--seed", type=int, default=0, help="of keys and depths")
+
+    args = parser.parse_args()
+    rows = args.run(args)
+    print_table(rows)
+    if args.json:
+        longlora.write_json(args.json, {"rows": rows})
+
+
+if __name__ == "__main__":
+    with prepare.one_line_errors():
+        main()

@@ -103,6 +103,11 @@ class LlamaConfig:
             self, max_position_embeddings=context, rope_scaling={"rope_type": "linear", "factor": factor})
 
 
+def default_group_size(context: int, groups: int = 4) -> int:
+    """G for a training context: a quarter (Section 3.2), rounded up to an even number."""
+    return 2 * math.ceil(context / (2 * groups))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Norm and rotary positions
 
@@ -217,10 +222,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if group_size is None or group_size >= 2 * x.shape[1]:
-            out = causal_attention(q, k, v)
-        else:
-            out = shifted_sparse_attention(q, k, v, group_size, shift)
+        out = causal_attention(q, k, v) if group_size is None else shifted_sparse_attention(q, k, v, group_size, shift)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -376,7 +378,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
         out_features, in_features = linear.weight.shape
-        place = {"device": linear.weight.device, "dtype": torch.float32}
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.weight = linear.weight
         self.lora_A = nn.Linear(in_features, rank, bias=False, **place)  # nn.Linear's own initialisation
         self.lora_B = nn.Linear(rank, out_features, bias=False, **place)
@@ -384,8 +386,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.lora_A(x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.weight.dtype))
-        return F.linear(x, self.weight) + (self.lora_B(low) * self.scaling).to(x.dtype)
+        return F.linear(x, self.weight) + self.lora_B(self.lora_A(x)) * self.scaling
 
 
 def add_lora(model: Llama, rank: int = 8, alpha: float = 16, targets: Iterable[str] = ATTENTION_PROJECTIONS) -> None:
@@ -552,6 +553,9 @@ def load_config(path: str | Path) -> LlamaConfig:
             raise ValueError(f"{file}: {name} {values[name]!r} is not supported, only {plain!r}")
     if values.get("quantization_config"):
         raise ValueError(f"{file}: quantised weights are not supported; take the folder of the original model")
+    if rope := values.get("rope_parameters"):  # the newest spelling
+        values["rope_theta"] = rope.get("rope_theta", LlamaConfig.rope_theta)
+        values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     try:
         return LlamaConfig(**{name: value for name, value in values.items() if name in known})
@@ -637,6 +641,7 @@ def save_adapter(model: Llama, path: str | Path) -> None:
 def load_adapter(model: Llama, path: str | Path) -> None:
     """Put a PEFT adapter onto `model`, in place: its LoRA, embedding and norms, and the context of longlora.json.
 
+    What it holds keeps its dtype, float32: on a bf16 model call under autocast, or convert the whole with `model.to(dtype)`.
     Raises FileNotFoundError, and ValueError for what it cannot honour or does not fit the model.
     """
     path = Path(path)
@@ -665,7 +670,7 @@ def load_adapter(model: Llama, path: str | Path) -> None:
             raise ValueError(f"{path}: {name} is no weight of this model")
         if parameters[name].shape != tensor.shape or not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(parameters[name].shape)}")
-        parameters[name].data = tensor.to(parameters[name].device, torch.float32, copy=True)
+        parameters[name].data = tensor.to(parameters[name].device, copy=True)
     if (path / "longlora.json").exists():
         model.extend(read_json(path / "longlora.json")["context"])
     model.requires_grad_(False)

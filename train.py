@@ -5,7 +5,6 @@
     python train.py --help
 """
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -23,14 +22,14 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare
-from eval import TINY_LLAMA, compute_dtype, default_device, open_tokens, perplexity
+from eval import TINY_LLAMA, attention_pattern, autocast, compute_dtype, default_device, open_tokens, perplexity
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was measured to be good for models
 # below 100 million parameters (data/README.md). A small model learns at a higher rate, from fewer tokens, and needs a higher rank:
 # rank 8 is a fiftieth of a 4,096-wide projection's freedom, but it limits a 256-wide one more than it saves.
 RECIPES = {
-    "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "rank": 8, "decay": 0.0},
-    "small": {"steps": 200, "batch_size": 4, "lr": 1.5e-3, "rank": 64, "decay": 0.5},
+    "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "rank": 8, "decay": 0.0, "groups": 4},
+    "small": {"steps": 200, "batch_size": 4, "lr": 1.5e-3, "rank": 64, "decay": 1.0, "groups": 2},
 }
 SMALL = 100_000_000
 
@@ -96,23 +95,28 @@ def parse() -> Run:
 def resolve(run: Run, model: longlora.Llama) -> None:
     """Fill in the settings that depend on the model, and check the numbers. Raises ValueError."""
     size = sum(p.numel() for p in model.parameters())
-    for name, value in RECIPES["small" if size < SMALL else "large"].items():
+    recipe = RECIPES["small" if size < SMALL else "large"]
+    for name in ("steps", "batch_size", "lr", "rank", "decay"):
         if getattr(run, name) is None:
-            setattr(run, name, value)
-    window = model.config.max_position_embeddings
-    run.context = run.context or 8 * window
+            setattr(run, name, recipe[name])
+    if run.context is None:
+        run.context = 8 * model.config.max_position_embeddings
     if run.group_size is None:
-        run.group_size = 2 * math.ceil(run.context / 8)
-    if run.group_size % 2 or run.group_size < 2:
-        raise ValueError(f"--group-size must be even and at least 2, got {run.group_size}")
-    run.micro_batch = min(run.micro_batch or max(1, 8192 // run.context), run.batch_size or 1)
-    for name, low in (("context", 2), ("rank", 1), ("steps", 1), ("batch_size", 1), ("micro_batch", 1), ("warmup", 0),
-                      ("seed", 0), ("eval_every", 0), ("eval_tokens", 0), ("save_every", 1)):
-        if getattr(run, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(run, name)}")
-    for name, low, high in (("lr", 0, 1e3), ("decay", 0, 1), ("clip", 0, math.inf), ("passkey", 0, 1)):
-        if not low <= getattr(run, name) <= high:
-            raise ValueError(f"--{name} must lie between {low} and {high:g}, got {getattr(run, name)}")
+        run.group_size = longlora.default_group_size(run.context, recipe["groups"])
+    if run.micro_batch is None:
+        run.micro_batch = max(1, 8192 // max(1, run.context))
+    for name, low, high in (
+            ("context", 2, math.inf), ("group_size", 2, math.inf), ("rank", 1, math.inf), ("steps", 1, math.inf),
+            ("batch_size", 1, math.inf), ("micro_batch", 1, math.inf), ("lr", 0, 1e3), ("warmup", 0, math.inf),
+            ("decay", 0, 1), ("clip", 0, math.inf), ("passkey", 0, 1), ("seed", 0, math.inf), ("eval_every", 0, math.inf),
+            ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
+        if not low <= (value := getattr(run, name)) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}{f' and at most {high:g}' * (high < math.inf)}, "
+                             f"got {value}")
+    if run.group_size % 2:
+        raise ValueError(f"--group-size must be even, got {run.group_size}")
+    if run.attention == "shifted" and model.config.num_attention_heads % 2:
+        raise ValueError("shifting half of the heads needs an even number of them: --attention local or full")
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -148,10 +152,11 @@ FILES = ("log.jsonl", "results.json", "state.pt", "adapter_config.json", "adapte
          "config.json", "model.safetensors", "tokenizer.model")
 
 
-def save(run: Run, out: Path, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The adapter (or the model, where all of it trains) for use, and state.pt to continue from: after `step` steps."""
+def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int, dtype: torch.dtype) -> None:
+    """After `step` steps: the adapter (or in `dtype` the model, where all of it trains), and state.pt to continue from."""
+    out = Path(run.out)
     if run.trainable == "full":
-        longlora.save_model(model, out, model.stored_dtype)
+        longlora.save_model(model, out, dtype)
         if (tokenizer := Path(run.model) / "tokenizer.model").exists():
             longlora.replace_file(out / "tokenizer.model", lambda partial: shutil.copyfile(tokenizer, partial))
     else:
@@ -165,17 +170,19 @@ def save(run: Run, out: Path, model: longlora.Llama, optimizer: torch.optim.Opti
 FREE = {"out", "resume", "overwrite", "eval_every", "eval_tokens", "save_every", "compile", "checkpointing", "micro_batch"}
 
 
-def restore(run: Run, out: Path, model: longlora.Llama, optimizer: torch.optim.Optimizer) -> int:
+def restore(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer) -> int:
     """Load state.pt; the number of steps done, 0 where there is none. Raises ValueError if other settings made it."""
+    out = Path(run.out)
     file = out / "state.pt"
     if not file.exists():
         print(f"{out} holds nothing to resume: starting fresh")
+        (out / "log.jsonl").unlink(missing_ok=True)
         return 0
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         trained, was, step = state["trained"], state["run"], state["step"]
     except Exception as error:
-        raise ValueError(f"{file}: cannot be read ({type(error).__name__}); --overwrite starts again") from None
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}); --overwrite starts again") from None
     for name, value in dataclasses.asdict(run).items():
         if name not in FREE and was.get(name) != value:
             raise ValueError(f"--resume: {out} was made with --{name.replace('_', '-')} {was.get(name)}, not {value}")
@@ -183,9 +190,9 @@ def restore(run: Run, out: Path, model: longlora.Llama, optimizer: torch.optim.O
         if p.requires_grad:
             p.data.copy_(trained[name])
     optimizer.load_state_dict(state["optimizer"])
-    lines = (out / "log.jsonl").read_text().splitlines()[:step]
-    longlora.replace_file(out / "log.jsonl", lambda partial: partial.write_text("".join(line + "\n" for line in lines)))
-    print(f"resuming after step {step}")
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+    longlora.replace_file(out / "log.jsonl", lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+    print(f"resuming after step {step} of {run.steps}")
     return step
 
 
@@ -193,94 +200,131 @@ def restore(run: Run, out: Path, model: longlora.Llama, optimizer: torch.optim.O
 # The run
 
 
-def build(run: Run, device: torch.device) -> longlora.Llama:
-    if run.init == "pretrained":
-        model = longlora.load_model(run.model, device=device)
-        model.stored_dtype = model.lm_head.weight.dtype
-    else:
-        torch.manual_seed(run.seed)
-        model = longlora.Llama(longlora.load_config(run.model)).to(device)
-        model.reset_parameters()
-        model.stored_dtype = torch.bfloat16
-        model.name_or_path = run.model
-    return model
-
-
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's allocations, or on the CPU all that the process ever held."""
+    """Bytes: the accelerator's allocations, or on the CPU the most that the process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def table(results: dict) -> str:
+    """results.json's perplexities, a line for each model and a column for each context."""
+    rows = results["perplexity"]
+    contexts = list(next(iter(rows.values())))
+    lines = ["tokens".rjust(14) + "".join(f"{int(c):>10,}" for c in contexts)]
+    lines += [name.rjust(14) + "".join(f"{row[c]:10.2f}" for c in contexts) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
 def main(run: Run) -> None:
-    out, device = Path(run.out), default_device()
+    device, out = default_device(), Path(run.out)
     dtype = compute_dtype(run.dtype, device)
-    model = build(run, device)
+    if (out / "log.jsonl").exists() and not (run.resume or run.overwrite):
+        raise ValueError(f"{out} holds a run already: --resume continues it, --overwrite replaces it")
+
+    if run.init == "random":
+        torch.manual_seed(run.seed)
+        model = longlora.Llama(longlora.load_config(run.model)).to(device)
+        model.reset_parameters()
+        stored = torch.bfloat16
+    else:
+        model = longlora.load_model(run.model, device=device)
+        stored = model.lm_head.weight.dtype
     resolve(run, model)
-    if (out / "log.jsonl").exists():
-        if run.overwrite:
-            for name in FILES:
-                (out / name).unlink(missing_ok=True)
-        elif not run.resume:
-            raise ValueError(f"{out} holds a run already: --resume continues it, --overwrite replaces it")
-    out.mkdir(parents=True, exist_ok=True)
-
-    config = model.config
-    tokens = open_tokens(run.data, run.model, config.vocab_size, "train")
+    train, valid, test = (open_tokens(run.data, run.model, model.config.vocab_size, split)
+                          for split in ("train", "valid", "test"))
+    if len(train) <= run.context:
+        raise ValueError(f"--data {run.data}: {len(train):,} tokens to train on are too few for --context {run.context:,}")
+    valid, test = valid[:max(32768, run.context)], test[:max(run.eval_tokens, run.context)]
+    if run.eval_every and len(valid) < run.context or run.eval_tokens and len(test) < run.context:
+        raise ValueError(f"--data {run.data}: {len(test):,} held-out tokens are too few for --context {run.context:,}; "
+                         "give more text, or --eval-every 0 --eval-tokens 0")
     tokenizer = prepare.load_tokenizer(run.model) if run.passkey else None
-    valid = open_tokens(run.data, run.model, config.vocab_size, "valid")[:32768]
+    model.to(dtype if run.trainable != "full" else torch.float32)
 
-    model.extend(run.context)
+    # How well the base reads: as it is, and with its positions interpolated but nothing trained.
+    results = {"perplexity": {}}
+    contexts = [min(model.config.max_position_embeddings, run.context)]
+    while contexts[-1] < run.context:
+        contexts.append(min(2 * contexts[-1], run.context))
+
+    def measure(name: str) -> None:
+        if run.eval_tokens:
+            tqdm.write(f"held-out perplexity: {name}")
+            results["perplexity"][name] = {str(c): perplexity(model, test, c, dtype=dtype)[0] for c in contexts}
+
+    if run.init == "pretrained":
+        measure("base")
+    if run.context > model.config.max_position_embeddings:
+        model.extend(run.context)
+        measure("interpolated")
+
     if run.trainable != "full":
         longlora.add_lora(model, run.rank, 2 * run.rank)
-        model.to(dtype)
     longlora.set_trainable(model, run.trainable)
     model.model.checkpointing = run.checkpointing
     if run.compile:
         model.model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first = restore(run, out, model, optimizer) if run.resume else 0
 
-    pattern = {"full": {}, "local": {"group_size": run.group_size, "shift": False},
-               "shifted": {"group_size": run.group_size}}[run.attention]
-    interrupted = []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    out.mkdir(parents=True, exist_ok=True)
+    if run.overwrite:
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+    first = restore(run, model, optimizer) if run.resume else 0
+    pattern = attention_pattern(run.attention, run.group_size)
+    print(f"{run.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} train "
+          f"({run.trainable}); {run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, {run.attention} "
+          f"attention{f' in groups of {run.group_size:,}' if pattern else ''}; {device.type}, {str(dtype)[6:]}")
+
+    interrupted = []  # Ctrl-C ends the run after the step at work; a second one ends it at once
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     with open(out / "log.jsonl", "a", encoding="utf-8") as log, tqdm(total=run.steps, initial=first, unit="step") as bar:
         for step in range(first, run.steps):
             began = time.perf_counter()
-            batch = make_batch(run, tokens, tokenizer, step)
             loss = 0.0
-            for rows in batch.split(run.micro_batch):
-                rows = rows.to(device, non_blocking=True)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for rows in make_batch(run, train, tokenizer, step).split(run.micro_batch):
+                rows = rows.to(device)
+                with autocast(device, dtype):
                     part = model(rows[:, :-1], rows[:, 1:], **pattern) * (len(rows) / run.batch_size)
                 part.backward()
                 loss += part.item()
             norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise SystemExit(f"step {step + 1}: the loss is {loss}, its gradient's norm {norm}")
+            if not math.isfinite(loss + norm):
+                sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm {norm}; {out} keeps what was "
+                         f"saved before. Try a lower --lr than {run.lr:g}, or --dtype float32")
+            rate = learning_rate(run, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run, step)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate(run, step),
-                    "tokens": (step + 1) * run.batch_size * run.context,
-                    "tokens_per_s": run.batch_size * run.context / seconds, "peak_memory_bytes": peak_memory(device)}
+            tokens_per_s = run.batch_size * run.context / (time.perf_counter() - began)
+
+            line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
+                    "tokens": (step + 1) * run.batch_size * run.context, "tokens_per_s": tokens_per_s,
+                    "peak_memory_bytes": peak_memory(device)}
             if run.eval_every and (step + 1) % run.eval_every == 0:
-                line["valid_perplexity"] = perplexity(model, valid, min(run.context, len(valid)), dtype=dtype)[0]
+                line["valid_perplexity"] = perplexity(model, valid, run.context, dtype=dtype)[0]
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_s']:,.0f} tok/s, "
-                                f"{line['peak_memory_bytes'] / 2**30:.2f} GiB")
+            held_out = f", held-out perplexity {line['valid_perplexity']:.2f}" if "valid_perplexity" in line else ""
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s, "
+                                f"{line['peak_memory_bytes'] / 2**30:.2f} GiB{held_out}")
             if interrupted or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                save(run, out, model, optimizer, step + 1)
+                save(run, model, optimizer, step + 1, stored)
             if interrupted:
-                raise SystemExit(f"interrupted after step {step + 1}: saved to {out}, --resume continues")
+                sys.exit(f"interrupted after step {step + 1}: saved to {out}; --resume continues")
+
+    measure("extended" if "interpolated" in results["perplexity"] else "trained")
+    longlora.write_json(out / "results.json", results)
+    if run.eval_tokens:
+        print(f"\nperplexity on {len(test):,} held-out tokens, full attention, by tokens in a window:\n{table(results)}\n")
+    flag = "--model" if run.trainable == "full" else f"--model {run.model} --adapter"
+    print(f"Written to {out}. Next:\n  python eval.py passkey {flag} {out}\n  python eval.py perplexity {flag} {out}")
 
 
 if __name__ == "__main__":
-    main(parse())
+    with prepare.one_line_errors():
+        main(parse())

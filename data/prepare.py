@@ -13,6 +13,7 @@ relative path puts each file into training (90%), validation (5%: settings are c
 reported on it), so the split is the same on every machine and every Python version.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -26,10 +27,20 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 CACHE = HERE / "tokens"
 TESTS = {"test", "tests", "idle_test"}
 SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the scripts run in: bad input ends in one line and exit status 2, not in a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,12 +166,25 @@ def write_tokens(files: list[Path], tokenizer: sentencepiece.SentencePieceProces
 def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) -> Path:
     """The token file of one split of the standard library, made at the first call and kept in data/tokens."""
     tokenizer = load_tokenizer(tokenizer_path)
-    print_of_tokenizer = hashlib.sha256(tokenizer.serialized_model_proto()).hexdigest()[:8]
-    folder = CACHE / f"stdlib-{platform.python_version()}-{print_of_tokenizer}"
-    out = folder / f"{split}{'+tests' if tests else ''}.bin"
+    key = f"stdlib-{platform.python_version()}-{short_hash(tokenizer.serialized_model_proto())}"
+    out = CACHE / key / f"{split}{'+tests' if tests else ''}.bin"
     if not out.exists():
         write_tokens(library_files(split, tests), tokenizer, out)
     return out
+
+
+def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
+    """The token file of a text or a folder of texts, made anew when they change and kept in data/tokens."""
+    files, tokenizer = text_files([path]), load_tokenizer(tokenizer_path)
+    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    out = CACHE / f"{Path(path).stem}-{short_hash(repr(state).encode() + tokenizer.serialized_model_proto())}.bin"
+    if not out.exists():
+        write_tokens(files, tokenizer, out)
+    return out
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,21 +261,19 @@ def main() -> None:
     parser.add_argument("--tests", action="store_true", help="add the library's test suites to the training split")
     parser.add_argument("--new-tokenizer", type=int, metavar="PIECES", help="train the file --tokenizer names, and stop")
     args = parser.parse_args()
-    try:
-        if args.new_tokenizer:
-            new_tokenizer(args.new_tokenizer, Path(args.tokenizer))
-        elif args.texts:
-            if not args.out:
-                parser.error("with texts, say where to write: --out FILE.bin")
-            count = write_tokens(text_files(args.texts), load_tokenizer(args.tokenizer), args.out)
-            print(f"{args.out}: {count:,} tokens")
-        else:
-            for split in ("train", "valid", "test"):
-                path = library_tokens(args.tokenizer, split, args.tests and split == "train")
-                print(f"{path}: {path.stat().st_size // 2:,} tokens")
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare.py: error: {error}") if False else parser.exit(2, f"prepare.py: error: {error}\n")
+    if args.new_tokenizer:
+        new_tokenizer(args.new_tokenizer, Path(args.tokenizer))
+    elif args.texts:
+        if not args.out:
+            parser.error("with texts, say where to write: --out FILE.bin")
+        count = write_tokens(text_files(args.texts), load_tokenizer(args.tokenizer), args.out)
+        print(f"{args.out}: {count:,} tokens")
+    else:
+        for split in ("train", "valid", "test"):
+            path = library_tokens(args.tokenizer, split, args.tests and split == "train")
+            print(f"{path}: {path.stat().st_size // 2:,} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
