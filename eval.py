@@ -1,17 +1,17 @@
-"""Evaluate a Llama, with or without a LongLoRA adapter; full attention, as at inference, unless told otherwise.
+"""Evaluate a Llama, with or without a LongLoRA adapter; full attention, as at inference, unless
+told otherwise.
 
     python eval.py perplexity --adapter out --context 256,512,1024,2048
     python eval.py passkey --adapter out --length 128,256,1024,2048
 
 Perplexity is over windows of L tokens, by one of two protocols:
 
-- once: windows start every `stride` tokens (L/2); each token is scored in the first window that holds it, and the last
-  window may be shorter. The honest figure.
-- official: windows start every `stride` tokens (256); all L - 1 targets of each whole window are scored, and the loss is the
-  mean of the windows' means. The paper's figure (Section 4.2).
+- once: windows start every `stride` tokens (L/2); each token is scored in the first window that
+  holds it, and the last window may be shorter. The honest figure.
+- official: windows start every `stride` tokens (256); all L - 1 targets of each whole window are
+  scored, and the loss is the mean of the windows' means. The paper's figure (Section 4.2).
 """
 import argparse
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
 BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Setting up: train.py uses these too
 
 
@@ -37,7 +37,7 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of that name; "auto": bfloat16 where it is native to the hardware, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -53,20 +53,28 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def attention_pattern(attention: str, group_size: int) -> dict:
-    """The arguments of a model's call for "full", "local" (groups, none shifted) or "shifted" attention."""
-    return {} if attention == "full" else {"group_size": group_size, "shift": attention == "shifted"}
+    """What a model's call takes for "full", "local" or "shifted" attention. Raises ValueError if
+    the group size is odd."""
+    if group_size % 2:
+        raise ValueError(f"--group-size must be even, got {group_size}")
+    if attention == "full":
+        return {}
+    return {"group_size": group_size, "shift": attention == "shifted"}
 
 
-def open_tokens(data: str, model_path: str, vocab_size: int, split: str | None = None) -> np.ndarray:
-    """The token ids (N,) that `data` names, mapped: "stdlib" or "stdlib+tests", a .bin token file, or texts.
+def open_tokens(data: str, model_path: str, vocab_size: int,
+                split: str | None = None) -> np.ndarray:
+    """The token ids (N,) of `data`, mapped: "stdlib", "stdlib+tests", a .bin token file, or texts.
 
-    `split` is "train", "valid" or "test". The library is split by file (None: "test"); of other data "valid" and "test" are
-    the last two twentieths, a million tokens each at most, and None is all. Texts are encoded with the model's tokenizer,
-    once, into data/tokens. Raises FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
+    `split` is "train", "valid" or "test". The library is split by file (None: "test"); of other
+    data "valid" and "test" are the last two twentieths, a million tokens each at most, and None is
+    all. Texts are encoded with the model's tokenizer, once, into data/tokens. Raises
+    FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
     """
     library = data in ("stdlib", "stdlib+tests")
     if library:
-        path = prepare.library_tokens(model_path, split or "test", tests=data.endswith("tests") and split == "train")
+        tests = data.endswith("tests") and split == "train"
+        path = prepare.library_tokens(model_path, split or "test", tests)
     elif Path(data).suffix == ".bin":
         path = Path(data)
         if not path.is_file():
@@ -78,22 +86,24 @@ def open_tokens(data: str, model_path: str, vocab_size: int, split: str | None =
     if size == 0 or size % dtype.itemsize:
         raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
     tokens = np.memmap(path, dtype, mode="r")
+    if split and not library:
+        held_out = min(len(tokens) // 20, 1_000_000)
+        first, second = len(tokens) - 2 * held_out, len(tokens) - held_out
+        part = {"train": slice(first), "valid": slice(first, second), "test": slice(second, None)}
+        tokens = tokens[part[split]]
     for start in range(0, len(tokens), 1 << 24):
         if (highest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
-            raise ValueError(f"{path}: token id {highest} is beyond the model's vocabulary of {vocab_size}")
-    if library or split is None:
-        return tokens
-    held_out = min(len(tokens) // 20, 1_000_000)
-    cut = len(tokens) - held_out
-    return {"train": tokens[:cut - held_out], "valid": tokens[cut - held_out:cut], "test": tokens[cut:]}[split]
+            raise ValueError(f"{path}: token id {highest} is beyond the vocabulary of {vocab_size}")
+    return tokens
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Perplexity
 
 
-def windows(length: int, context: int, protocol: str, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, scored) of each window over `length` tokens: its last `scored` tokens are scored."""
+def windows(length: int, context: int, protocol: str,
+            stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, scored) of windows over `length` tokens: the last `scored` of each count."""
     if protocol == "official":
         for start in range(0, length - context + 1, stride):
             yield start, start + context, context - 1
@@ -109,12 +119,11 @@ def windows(length: int, context: int, protocol: str, stride: int) -> Iterator[t
 
 
 @torch.no_grad()
-def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol: str = "once", stride: int | None = None,
-               dtype: torch.dtype = torch.float32, group_size: int | None = None, shift: bool = True) -> tuple[float, int]:
-    """Perplexity of `model` on `tokens` (N,) in windows of `context` tokens, and how many tokens were scored.
-
-    Raises ValueError if there is nothing to score.
-    """
+def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol: str = "once",
+               stride: int | None = None, dtype: torch.dtype = torch.float32,
+               group_size: int | None = None, shift: bool = True) -> tuple[float, int]:
+    """Perplexity of `model` on `tokens` (N,) in windows of `context` tokens, and how many tokens
+    were scored. Raises ValueError if there is nothing to score."""
     stride = stride or (256 if protocol == "official" else max(1, context // 2))
     if context < 2 or not 0 < stride < context and protocol == "once" or stride < 1:
         raise ValueError(f"windows of {context} tokens cannot start every {stride} tokens")
@@ -123,13 +132,15 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context}")
     device = model.lm_head.weight.device
     total, count = 0.0, 0
-    with tqdm(total=sum(scored for *_, scored in spans), desc=f"context {context:,}", unit="tok", leave=False,
-              unit_scale=True) as bar, autocast(device, dtype):
+    bar = tqdm(total=sum(scored for *_, scored in spans), desc=f"context {context:,}", unit="tok",
+               leave=False, unit_scale=True)
+    with bar, autocast(device, dtype):
         while spans:
             most = max(1, BATCH_TOKENS // context)
             batch = [s for s in spans[:most] if s[1] - s[0] == spans[0][1] - spans[0][0]]
             spans = spans[len(batch):]
-            ids = torch.from_numpy(np.stack([tokens[a:b].astype(np.int64) for a, b, _ in batch])).to(device)
+            rows = [tokens[a:b].astype(np.int64) for a, b, _ in batch]
+            ids = torch.from_numpy(np.stack(rows)).to(device)
             targets = ids[:, 1:].clone()
             for row, (_, _, scored) in zip(targets, batch):
                 row[:len(row) - scored] = -100
@@ -140,14 +151,15 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
     return math.exp(min(total / count, 700)), count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Passkey retrieval
 
 
 @torch.no_grad()
 def passkey_accuracy(model: longlora.Llama, tokenizer, length: int, trials: int, seed: int = 0,
                      dtype: torch.dtype = torch.float32) -> float:
-    """Share of `trials` prompts of at most `length` tokens whose every answer token is the arg max (Section 4.2).
+    """Share of `trials` prompts of at most `length` tokens whose every answer token is the arg max
+    (Section 4.2).
 
     One forward pass a trial, no decoding. Keys and depths are those that training never draws.
     """
@@ -162,7 +174,7 @@ def passkey_accuracy(model: longlora.Llama, tokenizer, length: int, trials: int,
     return right / trials
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -191,8 +203,11 @@ def load(args: argparse.Namespace) -> tuple[longlora.Llama, torch.dtype]:
 
 def print_table(rows: list[dict]) -> None:
     """Rows of the same keys as aligned columns."""
-    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-                                for v in row.values()] for row in rows]
+
+    def text(v) -> str:
+        return f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+
+    cells = [list(rows[0])] + [[text(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
@@ -204,9 +219,11 @@ def run_perplexity(args: argparse.Namespace) -> list[dict]:
     rows = []
     for context in args.context:
         stride = args.stride or (256 if args.protocol == "official" else max(1, context // 2))
-        pattern = attention_pattern(args.attention, args.group_size or longlora.default_group_size(context))
+        group_size = args.group_size or longlora.default_group_size(context)
+        pattern = attention_pattern(args.attention, group_size)
         value, count = perplexity(model, tokens, context, args.protocol, stride, dtype, **pattern)
-        rows.append({"context": context, "protocol": args.protocol, "stride": stride, "perplexity": value, "tokens": count})
+        rows.append({"context": context, "protocol": args.protocol, "stride": stride,
+                     "perplexity": value, "tokens": count})
     return rows
 
 
@@ -219,11 +236,13 @@ def run_passkey(args: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=text, description=text,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         sub.add_argument("--model", default=TINY_LLAMA, help="folder of the Llama")
         sub.add_argument("--adapter", help="folder of a LongLoRA adapter, as train.py writes it")
@@ -233,16 +252,23 @@ def main() -> None:
         return sub
 
     sub = command("perplexity", run_perplexity, "Perplexity over sliding windows.")
-    sub.add_argument("--data", default="stdlib", help="stdlib (its test split), a .bin token file, .txt, .jsonl or a folder")
-    sub.add_argument("--context", type=integers, default="256,512,1024,2048", help="tokens in a window")
-    sub.add_argument("--protocol", default="once", choices=("once", "official"), help="see eval.py --help")
-    sub.add_argument("--stride", type=positive, help="tokens between windows (once: half a window; official: 256)")
+    sub.add_argument("--data", default="stdlib",
+                     help="stdlib (its test split), a .bin token file, .txt, .jsonl or a folder")
+    sub.add_argument("--context", type=integers, default="256,512,1024,2048",
+                     help="tokens in a window")
+    sub.add_argument("--protocol", default="once", choices=("once", "official"),
+                     help="see eval.py --help")
+    sub.add_argument("--stride", type=positive,
+                     help="tokens between windows (once: half a window; official: 256)")
     sub.add_argument("--max-tokens", type=positive, help="read only so many tokens")
-    sub.add_argument("--attention", default="full", choices=("full", "shifted", "local"), help="attention pattern")
-    sub.add_argument("--group-size", type=positive, help="tokens in a group (a quarter of the window)")
+    sub.add_argument("--attention", default="full", choices=("full", "shifted", "local"),
+                     help="attention pattern")
+    sub.add_argument("--group-size", type=positive,
+                     help="tokens in a group (a quarter of the window)")
 
-    sub = command("passkey", run_passkey, "Share of passkeys retrieved, by the length of the prompt.")
-    sub.add_argument("--length", type=integers, default="128,256,512,1024,2048", help="tokens in a prompt, at most")
+    sub = command("passkey", run_passkey, "Share of passkeys retrieved, by length of the prompt.")
+    sub.add_argument("--length", type=integers, default="128,256,512,1024,2048",
+                     help="tokens in a prompt, at most")
     sub.add_argument("--trials", type=positive, default=100, help="prompts at each length")
     sub.add_argument("--seed", type=int, default=0, help="of keys and depths")
 

@@ -1,7 +1,8 @@
-"""Train: extend a Llama's context window by LongLoRA, or (--init random) make a small Llama to extend.
+"""Train: extend a Llama's context window by LongLoRA, or (--init random) make a Llama to extend.
 
-    python train.py                                                # the small Llama, 256 -> 2,048 tokens, minutes on a laptop
-    python train.py --model Llama-2-7b-hf --data corpus.bin        # 4,096 -> 32,768 tokens
+    python train.py                                          # the small Llama, 256 -> 2,048 tokens,
+                                                             # minutes on a laptop
+    python train.py --model Llama-2-7b-hf --data corpus.bin  # 4,096 -> 32,768 tokens
     python train.py --help
 """
 import argparse
@@ -22,62 +23,77 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare
-from eval import TINY_LLAMA, attention_pattern, autocast, compute_dtype, default_device, open_tokens, perplexity
+from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, default_device,
+                  open_tokens, perplexity)
 
-# Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was measured to be good for models
-# below 100 million parameters (data/README.md). A small model learns at a higher rate, from fewer tokens, and needs a higher rank:
-# rank 8 is a fiftieth of a 4,096-wide projection's freedom, but it limits a 256-wide one more than it saves.
+# Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
+# measured to be good for models below 100 million parameters (data/README.md). A small model learns
+# at a higher rate, from fewer tokens, and needs a higher rank: rank 8 is a fiftieth of a 4,096-wide
+# projection's freedom, but it limits a 256-wide one more than it saves.
 RECIPES = {
-    "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "rank": 8, "decay": 0.0, "groups": 4},
-    "small": {"steps": 200, "batch_size": 4, "lr": 1.5e-3, "rank": 64, "decay": 1.0, "groups": 2},
+    "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "decay": 0.0, "rank": 8, "groups": 4},
+    "small": {"steps": 200, "batch_size": 4, "lr": 1.5e-3, "decay": 1.0, "rank": 64, "groups": 2},
 }
 SMALL = 100_000_000
+PASSKEY_TOKENS = 128  # the shortest passkey document in training
 
 
 @dataclasses.dataclass
 class Run:
-    """The settings of a run; every flag is a field. None: decided by the model's size or by --context, see `resolve`."""
+    """The settings of a run; every flag is a field. None: decided by the model's size or by
+    --context, see `resolve`."""
 
     def flag(default, group, text, **more):
         return dataclasses.field(default=default, metadata={"group": group, "help": text, **more})
 
     model: str = flag(TINY_LLAMA, "model and data", "folder of the Llama to extend")
-    init: str = flag("pretrained", "model and data", "random: only the model's config and tokenizer are used",
+    init: str = flag("pretrained", "model and data", "random: use only its config and tokenizer",
                      choices=("pretrained", "random"))
-    data: str = flag("stdlib", "model and data", "stdlib, stdlib+tests, a .bin token file, .txt, .jsonl or a folder of them")
-    passkey: float = flag(0.0, "model and data", "share of the sequences that open with a passkey document")
-    context: int | None = flag(None, "LongLoRA", "tokens to extend to, the one dial: it sets interpolation and group size "
-                               "(8 times the model's window)")
-    attention: str = flag("shifted", "LongLoRA", "attention in training", choices=("shifted", "local", "full"))
-    group_size: int | None = flag(None, "LongLoRA", "tokens in a group (a quarter of the context, rounded up to even)")
-    trainable: str = flag("lora,embed,norm", "LongLoRA", "what trains: full, or some of lora, embed, norm")
+    data: str = flag("stdlib", "model and data",
+                     "stdlib, stdlib+tests, a .bin token file, .txt, .jsonl or a folder of them")
+    passkey: float | None = flag(None, "model and data",
+                                 "share of the sequences that open with a passkey document "
+                                 "(a tenth with stdlib, else none)")
+    context: int | None = flag(None, "LongLoRA", "tokens to extend to, the one dial: it sets "
+                               "interpolation and group size (8 times the model's window)")
+    attention: str = flag("shifted", "LongLoRA", "attention in training",
+                          choices=("shifted", "local", "full"))
+    group_size: int | None = flag(None, "LongLoRA",
+                                  "tokens in a group (a quarter of --context, for a small model "
+                                  "half of it, rounded up to even)")
+    trainable: str = flag("lora,embed,norm", "LongLoRA",
+                          "what trains: full, or some of lora, embed, norm")
     rank: int | None = flag(None, "LongLoRA", "LoRA's rank; alpha is twice the rank")
     steps: int | None = flag(None, "optimization", "optimizer steps")
     batch_size: int | None = flag(None, "optimization", "sequences a step, over all micro-steps")
-    micro_batch: int | None = flag(None, "optimization", "sequences a micro-step (as many as make 8,192 tokens, at least one)")
+    micro_batch: int | None = flag(None, "optimization",
+                                   "sequences a micro-step (as many as make 8,192 tokens, or one)")
     lr: float | None = flag(None, "optimization", "peak learning rate")
     warmup: int = flag(20, "optimization", "steps of linear warm-up")
-    decay: float | None = flag(None, "optimization", "share of the steps, at the end, in which the rate falls to zero")
+    decay: float | None = flag(None, "optimization",
+                               "share of the steps, at the end, in which the rate falls to zero")
     clip: float = flag(1.0, "optimization", "largest gradient norm")
     seed: int = flag(0, "optimization", "of the batches and of random weights")
     dtype: str = flag("auto", "machine", "compute in; auto: bfloat16 where it is native",
                       choices=("auto", "float32", "bfloat16"))
-    checkpointing: bool = flag(False, "machine", "recompute activations in the backward pass instead of keeping them")
+    checkpointing: bool = flag(False, "machine",
+                               "recompute activations in the backward pass instead of keeping them")
     compile: bool = flag(False, "machine", "torch.compile the decoder (needs a C++ compiler)")
-    out: str = flag("out", "output", "folder for the adapter (or model), log.jsonl and results.json")
+    out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
-    eval_tokens: int = flag(65536, "output", "held-out tokens for the table at the end (0: no table)")
+    eval_tokens: int = flag(32768, "output", "held-out tokens for the table at the end (0: none)")
     save_every: int = flag(100, "output", "steps between saves")
     resume: bool = flag(False, "output", "continue the run in --out")
     overwrite: bool = flag(False, "output", "replace the run in --out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
 
 def parse() -> Run:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in dataclasses.fields(Run):
         group, text = field.metadata["group"], field.metadata["help"]
@@ -88,7 +104,8 @@ def parse() -> Run:
         else:
             kind = next(k for k in (int, float, str) if k.__name__ in str(field.type))
             shown = text if field.default is None else f"{text} (%(default)s)"
-            group.add_argument(name, type=kind, default=field.default, choices=field.metadata.get("choices"), help=shown)
+            group.add_argument(name, type=kind, default=field.default, help=shown,
+                               choices=field.metadata.get("choices"))
     return Run(**vars(parser.parse_args()))
 
 
@@ -96,9 +113,11 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     """Fill in the settings that depend on the model, and check the numbers. Raises ValueError."""
     size = sum(p.numel() for p in model.parameters())
     recipe = RECIPES["small" if size < SMALL else "large"]
-    for name in ("steps", "batch_size", "lr", "rank", "decay"):
-        if getattr(run, name) is None:
-            setattr(run, name, recipe[name])
+    for name, value in recipe.items():
+        if getattr(run, name, value) is None:
+            setattr(run, name, value)
+    if run.passkey is None:
+        run.passkey = 0.1 if run.data.startswith("stdlib") else 0.0
     if run.context is None:
         run.context = 8 * model.config.max_position_embeddings
     if run.group_size is None:
@@ -106,97 +125,118 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     if run.micro_batch is None:
         run.micro_batch = max(1, 8192 // max(1, run.context))
     for name, low, high in (
-            ("context", 2, math.inf), ("group_size", 2, math.inf), ("rank", 1, math.inf), ("steps", 1, math.inf),
-            ("batch_size", 1, math.inf), ("micro_batch", 1, math.inf), ("lr", 0, 1e3), ("warmup", 0, math.inf),
-            ("decay", 0, 1), ("clip", 0, math.inf), ("passkey", 0, 1), ("seed", 0, math.inf), ("eval_every", 0, math.inf),
+            ("context", 2, math.inf), ("group_size", 2, math.inf), ("rank", 1, math.inf),
+            ("steps", 1, math.inf), ("batch_size", 1, math.inf), ("micro_batch", 1, math.inf),
+            ("lr", 0, 1e3), ("warmup", 0, math.inf), ("decay", 0, 1), ("clip", 0, math.inf),
+            ("passkey", 0, 1), ("seed", 0, math.inf), ("eval_every", 0, math.inf),
             ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
         if not low <= (value := getattr(run, name)) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}{f' and at most {high:g}' * (high < math.inf)}, "
-                             f"got {value}")
-    if run.group_size % 2:
-        raise ValueError(f"--group-size must be even, got {run.group_size}")
+            flag, most = name.replace("_", "-"), f" and at most {high:g}" * (high < math.inf)
+            raise ValueError(f"--{flag} must be at least {low}{most}, got {value}")
+    parts = set(run.trainable.split(","))
+    if parts != {"full"} and not parts <= {"lora", "embed", "norm"}:
+        raise ValueError("--trainable must be full, or some of lora, embed, norm joined by commas; "
+                         f"got {run.trainable}")
+    if run.passkey and run.context < PASSKEY_TOKENS:
+        raise ValueError(f"--passkey needs a --context of {PASSKEY_TOKENS} tokens at least")
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
-        raise ValueError("shifting half of the heads needs an even number of them: --attention local or full")
+        raise ValueError("shifting half of the heads needs an even number of them: "
+                         "--attention local or full")
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, constant, linear decay over the last `decay` share of the steps."""
+    """The rate of step 0, 1, ...: linear warm-up, constant, linear decay over the last `decay`
+    share of the steps."""
     rising = (step + 1) / run.warmup if run.warmup else 1.0
     falling = (run.steps - step) / (run.decay * run.steps) if run.decay else 1.0
     return run.lr * min(1.0, rising, falling)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
 def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tensor:
-    """The token ids (batch_size, context + 1) of a step: a function of (seed, step) alone, so any step can be made again."""
+    """The token ids (batch_size, context + 1) of a step: a function of (seed, step) alone, so any
+    step can be made again."""
     rng = np.random.default_rng((run.seed, step))
     rows = []
     for _ in range(run.batch_size):
         start = int(rng.integers(len(tokens) - run.context))
         row = tokens[start:start + run.context + 1].astype(np.int64)
         if rng.random() < run.passkey:
-            length = int(rng.integers(min(128, run.context // 2), run.context + 1))
+            length = int(rng.integers(PASSKEY_TOKENS, run.context + 1))
             ids, _ = prepare.passkey_document(tokenizer, length, rng, held_out=False)
             row = np.concatenate([ids, [tokenizer.eos_id()], row])[:run.context + 1]
         rows.append(row)
     return torch.from_numpy(np.stack(rows))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving and resuming
 
-FILES = ("log.jsonl", "results.json", "state.pt", "adapter_config.json", "adapter_model.safetensors", "longlora.json",
-         "config.json", "model.safetensors", "tokenizer.model")
+FILES = ("log.jsonl", "results.json", "state.pt", "adapter_config.json",
+         "adapter_model.safetensors", "longlora.json", "config.json", "model.safetensors",
+         "tokenizer.model")
 
 
-def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int, dtype: torch.dtype) -> None:
-    """After `step` steps: the adapter (or in `dtype` the model, where all of it trains), and state.pt to continue from."""
+def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int,
+         dtype: torch.dtype) -> None:
+    """After `step` steps: the adapter (or in `dtype` the model, where all of it trains), and
+    state.pt to continue from."""
     out = Path(run.out)
     if run.trainable == "full":
         longlora.save_model(model, out, dtype)
         if (tokenizer := Path(run.model) / "tokenizer.model").exists():
-            longlora.replace_file(out / "tokenizer.model", lambda partial: shutil.copyfile(tokenizer, partial))
+            longlora.replace_file(out / "tokenizer.model",
+                                  lambda partial: shutil.copyfile(tokenizer, partial))
     else:
         longlora.save_adapter(model, out)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"run": dataclasses.asdict(run), "step": step, "trained": trained, "optimizer": optimizer.state_dict()}
+    state = {"run": dataclasses.asdict(run), "step": step, "trained": trained,
+             "optimizer": optimizer.state_dict()}
     longlora.replace_file(out / "state.pt", lambda partial: torch.save(state, partial))
 
 
 # May differ between a run and its continuation.
-FREE = {"out", "resume", "overwrite", "eval_every", "eval_tokens", "save_every", "compile", "checkpointing", "micro_batch"}
+FREE = {"out", "resume", "overwrite", "eval_every", "eval_tokens", "save_every", "compile",
+        "checkpointing", "micro_batch"}
 
 
-def restore(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Load state.pt; the number of steps done, 0 where there is none. Raises ValueError if other settings made it."""
+def load_state(run: Run) -> dict | None:
+    """What `save` left in state.pt, or None. Raises ValueError if other settings made it."""
     out = Path(run.out)
     file = out / "state.pt"
     if not file.exists():
         print(f"{out} holds nothing to resume: starting fresh")
-        (out / "log.jsonl").unlink(missing_ok=True)
-        return 0
+        return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        trained, was, step = state["trained"], state["run"], state["step"]
+        was = state["run"]
     except Exception as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}); --overwrite starts again") from None
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}); "
+                         "--overwrite starts again") from None
     for name, value in dataclasses.asdict(run).items():
         if name not in FREE and was.get(name) != value:
-            raise ValueError(f"--resume: {out} was made with --{name.replace('_', '-')} {was.get(name)}, not {value}")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume: {out} was made with --{flag} {was.get(name)}, not {value}")
+    return state
+
+
+def restore(run: Run, state: dict, model: longlora.Llama, optimizer: torch.optim.Optimizer) -> int:
+    """Put back what `save` saved, and cut the log to it; returns the number of steps done."""
     for name, p in model.named_parameters():
         if p.requires_grad:
-            p.data.copy_(trained[name])
+            p.data.copy_(state["trained"][name])
     optimizer.load_state_dict(state["optimizer"])
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-    longlora.replace_file(out / "log.jsonl", lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
-    print(f"resuming after step {step} of {run.steps}")
-    return step
+    log = Path(run.out) / "log.jsonl"
+    kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:state["step"]]
+    longlora.replace_file(log, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+    print(f"resuming after step {state['step']} of {run.steps}")
+    return state["step"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -204,7 +244,21 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the accelerator's allocations, or on the CPU the most that the process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_out(run: Run) -> None:
+    """Raises ValueError if writing to --out would destroy what is there unasked."""
+    out = Path(run.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, not a folder")
+    if (out / "log.jsonl").exists():
+        if not (run.resume or run.overwrite):
+            raise ValueError(f"{out} holds a run already: --resume continues it, "
+                             "--overwrite replaces it")
+    elif held := [name for name in FILES if (out / name).exists()]:
+        raise ValueError(f"{out} holds {held[0]} and is no folder of a run: choose another --out")
 
 
 def table(results: dict) -> str:
@@ -212,18 +266,21 @@ def table(results: dict) -> str:
     rows = results["perplexity"]
     contexts = list(next(iter(rows.values())))
     lines = ["tokens".rjust(14) + "".join(f"{int(c):>10,}" for c in contexts)]
-    lines += [name.rjust(14) + "".join(f"{row[c]:10.2f}" for c in contexts) for name, row in rows.items()]
+    lines += [name.rjust(14) + "".join(f"{row[c]:10.2f}" for c in contexts)
+              for name, row in rows.items()]
     return "\n".join(lines)
 
 
 def main(run: Run) -> None:
     device, out = default_device(), Path(run.out)
     dtype = compute_dtype(run.dtype, device)
-    if (out / "log.jsonl").exists() and not (run.resume or run.overwrite):
-        raise ValueError(f"{out} holds a run already: --resume continues it, --overwrite replaces it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("training on several processes is not supported yet: "
+                         "run python train.py without torchrun")
+    check_out(run)
 
+    torch.manual_seed(run.seed)
     if run.init == "random":
-        torch.manual_seed(run.seed)
         model = longlora.Llama(longlora.load_config(run.model)).to(device)
         model.reset_parameters()
         stored = torch.bfloat16
@@ -231,14 +288,18 @@ def main(run: Run) -> None:
         model = longlora.load_model(run.model, device=device)
         stored = model.lm_head.weight.dtype
     resolve(run, model)
+    pattern = attention_pattern(run.attention, run.group_size)
+    state = load_state(run) if run.resume else None
     train, valid, test = (open_tokens(run.data, run.model, model.config.vocab_size, split)
                           for split in ("train", "valid", "test"))
     if len(train) <= run.context:
-        raise ValueError(f"--data {run.data}: {len(train):,} tokens to train on are too few for --context {run.context:,}")
+        raise ValueError(f"--data {run.data}: {len(train):,} tokens to train on are too few for "
+                         f"--context {run.context:,}")
     valid, test = valid[:max(32768, run.context)], test[:max(run.eval_tokens, run.context)]
     if run.eval_every and len(valid) < run.context or run.eval_tokens and len(test) < run.context:
-        raise ValueError(f"--data {run.data}: {len(test):,} held-out tokens are too few for --context {run.context:,}; "
-                         "give more text, or --eval-every 0 --eval-tokens 0")
+        raise ValueError(f"--data {run.data}: {len(test):,} held-out tokens are too few for "
+                         f"--context {run.context:,}; give more text, or --eval-every 0 "
+                         "--eval-tokens 0")
     tokenizer = prepare.load_tokenizer(run.model) if run.passkey else None
     model.to(dtype if run.trainable != "full" else torch.float32)
 
@@ -251,7 +312,8 @@ def main(run: Run) -> None:
     def measure(name: str) -> None:
         if run.eval_tokens:
             tqdm.write(f"held-out perplexity: {name}")
-            results["perplexity"][name] = {str(c): perplexity(model, test, c, dtype=dtype)[0] for c in contexts}
+            results["perplexity"][name] = {
+                str(c): perplexity(model, test, c, dtype=dtype)[0] for c in contexts}
 
     if run.init == "pretrained":
         measure("base")
@@ -266,34 +328,40 @@ def main(run: Run) -> None:
     if run.compile:
         model.model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
 
     out.mkdir(parents=True, exist_ok=True)
-    if run.overwrite:
+    if state is None:
         for name in FILES:
             (out / name).unlink(missing_ok=True)
-    first = restore(run, model, optimizer) if run.resume else 0
-    pattern = attention_pattern(run.attention, run.group_size)
-    print(f"{run.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} train "
-          f"({run.trainable}); {run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, {run.attention} "
-          f"attention{f' in groups of {run.group_size:,}' if pattern else ''}; {device.type}, {str(dtype)[6:]}")
+    first = restore(run, state, model, optimizer) if state else 0
+    size, some = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained))
+    groups = f" in groups of {run.group_size:,}" if pattern else ""
+    print(f"{run.model}: {size:,} parameters, {some:,} train ({run.trainable}); "
+          f"{run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, "
+          f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}")
 
     interrupted = []  # Ctrl-C ends the run after the step at work; a second one ends it at once
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log, tqdm(total=run.steps, initial=first, unit="step") as bar:
+    usual = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, usual)))
+    with (open(out / "log.jsonl", "a", encoding="utf-8") as log,
+          tqdm(total=run.steps, initial=first, unit="step") as bar):
         for step in range(first, run.steps):
             began = time.perf_counter()
             loss = 0.0
             for rows in make_batch(run, train, tokenizer, step).split(run.micro_batch):
                 rows = rows.to(device)
                 with autocast(device, dtype):
-                    part = model(rows[:, :-1], rows[:, 1:], **pattern) * (len(rows) / run.batch_size)
+                    part = model(rows[:, :-1], rows[:, 1:], **pattern)
+                    part = part * (len(rows) / run.batch_size)
                 part.backward()
                 loss += part.item()
             norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
             if not math.isfinite(loss + norm):
-                sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm {norm}; {out} keeps what was "
-                         f"saved before. Try a lower --lr than {run.lr:g}, or --dtype float32")
+                sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
+                         f"{norm}; {out} keeps what was saved before. Try a lower --lr than "
+                         f"{run.lr:g}, or --dtype float32")
             rate = learning_rate(run, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -302,27 +370,32 @@ def main(run: Run) -> None:
             tokens_per_s = run.batch_size * run.context / (time.perf_counter() - began)
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
-                    "tokens": (step + 1) * run.batch_size * run.context, "tokens_per_s": tokens_per_s,
-                    "peak_memory_bytes": peak_memory(device)}
+                    "tokens": (step + 1) * run.batch_size * run.context,
+                    "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory(device)}
             if run.eval_every and (step + 1) % run.eval_every == 0:
                 line["valid_perplexity"] = perplexity(model, valid, run.context, dtype=dtype)[0]
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
-            held_out = f", held-out perplexity {line['valid_perplexity']:.2f}" if "valid_perplexity" in line else ""
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s, "
-                                f"{line['peak_memory_bytes'] / 2**30:.2f} GiB{held_out}")
+            shown = f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s"
+            shown += f", {line['peak_memory_bytes'] / 2**30:.2f} GiB"
+            if "valid_perplexity" in line:
+                shown += f", held-out perplexity {line['valid_perplexity']:.2f}"
+            bar.set_postfix_str(shown)
             if interrupted or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 save(run, model, optimizer, step + 1, stored)
             if interrupted:
                 sys.exit(f"interrupted after step {step + 1}: saved to {out}; --resume continues")
 
+    signal.signal(signal.SIGINT, usual)
     measure("extended" if "interpolated" in results["perplexity"] else "trained")
     longlora.write_json(out / "results.json", results)
     if run.eval_tokens:
-        print(f"\nperplexity on {len(test):,} held-out tokens, full attention, by tokens in a window:\n{table(results)}\n")
+        print(f"\nperplexity on {len(test):,} held-out tokens, full attention, "
+              f"by tokens in a window:\n{table(results)}\n")
     flag = "--model" if run.trainable == "full" else f"--model {run.model} --adapter"
-    print(f"Written to {out}. Next:\n  python eval.py passkey {flag} {out}\n  python eval.py perplexity {flag} {out}")
+    print(f"Written to {out}. Next:\n  python eval.py passkey {flag} {out}\n"
+          f"  python eval.py perplexity {flag} {out}")
 
 
 if __name__ == "__main__":

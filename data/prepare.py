@@ -1,16 +1,18 @@
 """Text in, token files out.
 
-A token file is raw token ids and nothing else, end to end: uint16, or uint32 where the vocabulary needs it. Documents are
-joined by `</s>`, as in the paper (Section 4.1), so that a window of any length may be cut from anywhere.
+A token file is raw token ids and nothing else, end to end: uint16, or uint32 where the vocabulary
+needs it. Documents are joined by `</s>`, as in the paper (Section 4.1), so that a window of any
+length may be cut from anywhere.
 
-    python data/prepare.py                              # the standard library -> train.bin, valid.bin, test.bin
-    python data/prepare.py --tests                      # the same, its test suites added to train.bin
-    python data/prepare.py book.txt posts.jsonl folder/ --tokenizer llama/tokenizer.model --out corpus.bin
+    python data/prepare.py                # the standard library -> train.bin, valid.bin, test.bin
+    python data/prepare.py --tests        # the same, its test suites added to train.bin
+    python data/prepare.py book.txt folder/ --tokenizer llama/tokenizer.model --out corpus.bin
     python data/prepare.py --new-tokenizer 2048 --tokenizer data/tiny-llama/tokenizer.model
 
-The corpus that every machine has is the Python standard library, read in place from the running interpreter. A hash of its
-relative path puts each file into training (90%), validation (5%: settings are chosen on it) or test (5%: results are
-reported on it), so the split is the same on every machine and every Python version.
+The corpus that every machine has is the Python standard library, read in place from the running
+interpreter. A hash of its relative path puts each file into training (90%), validation (5%:
+settings are chosen on it) or test (5%: results are reported on it), so the split is the same on
+every machine and every Python version.
 """
 import argparse
 import contextlib
@@ -41,9 +43,11 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Documents
 
 
@@ -54,7 +58,8 @@ def split_of(name: str) -> str:
 
 
 def library_files(split: str, tests: bool = False) -> list[Path]:
-    """The standard library's own sources in one split; `tests` adds its test suites (to "train" alone), where installed.
+    """The standard library's own sources in one split; `tests` adds its test suites (to "train"
+    alone), where installed.
 
     Raises FileNotFoundError where this Python came without its sources.
     """
@@ -71,16 +76,19 @@ def library_files(split: str, tests: bool = False) -> list[Path]:
         elif split_of("/".join(parts)) == split:
             files.append(path)
     if not files:
-        raise FileNotFoundError(f"no Python sources in {root}: give --data a text or token file of your own")
+        raise FileNotFoundError(f"no Python sources in {root}: "
+                                "give --data a text or token file of your own")
     return files
 
 
 def text_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The .txt and .jsonl files named, and those in the folders named. Raises FileNotFoundError, ValueError."""
+    """The .txt and .jsonl files named, and those in the folders named. Raises FileNotFoundError,
+    ValueError."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
+            found = sorted(p for p in path.rglob("*")
+                           if p.suffix in (".txt", ".jsonl") and p.is_file())
             if not found:
                 raise ValueError(f"{path}: no .txt or .jsonl file in this folder")
             files += found
@@ -89,21 +97,23 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
         elif path.suffix in (".txt", ".jsonl", ".py"):
             files.append(path)
         else:
-            raise ValueError(f"{path}: not a text; expected .txt, .jsonl, a folder of them, or a .bin token file")
+            raise ValueError(f"{path}: not a text; expected .txt, .jsonl, a folder of them, "
+                             "or a .bin token file")
     return files
 
 
-def documents(path: Path) -> Iterator[tuple[str, int]]:
-    """The documents of a file, each with the bytes read for it: one a line for .jsonl ("text"), else the whole file.
+def documents(path: Path) -> Iterator[tuple[str | None, int]]:
+    """The documents of a file in pieces, each with the characters read for it; None ends one.
 
-    A large .txt comes in pieces of whole lines, about a megabyte each; the last document of a file ends with an empty piece.
+    Each line of a .jsonl is a document ("text"), every other file is one; that comes in pieces of
+    whole lines, about a megabyte each.
     """
     if path.suffix != ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as file:
             while lines := file.readlines(1 << 20):
                 piece = "".join(lines)
                 yield piece, len(piece)
-        yield "", 0
+        yield None, 0
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -117,20 +127,22 @@ def documents(path: Path) -> Iterator[tuple[str, int]]:
             if not isinstance(text, str):
                 raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
             yield text, len(line)
-            yield "", 0
+            yield None, 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokens
 
 
 def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model; `path` is the file, or a model folder with a `tokenizer.model`. FileNotFoundError, ValueError."""
+    """A SentencePiece model; `path` is the file, or a model folder with a `tokenizer.model`.
+    Raises FileNotFoundError, ValueError."""
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.model"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no SentencePiece tokenizer here; give a token file (.bin) as the data")
+        raise FileNotFoundError(f"{path}: no SentencePiece tokenizer here; "
+                                "give a token file (.bin) as the data")
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
@@ -143,17 +155,20 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def write_tokens(files: list[Path], tokenizer: sentencepiece.SentencePieceProcessor, out: Path) -> int:
-    """Encode `files` into the token file `out`, a piece at a time; returns the number of tokens. Complete or absent."""
+def write_tokens(files: list[Path], tokenizer: sentencepiece.SentencePieceProcessor,
+                 out: Path) -> int:
+    """Encode `files` into the token file `out`, a piece at a time; returns the number of tokens.
+    Complete or absent."""
     dtype, count = token_dtype(tokenizer.vocab_size()), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     size = sum(path.stat().st_size for path in files)
     try:
-        with open(partial, "wb") as sink, tqdm(total=size, unit="B", unit_scale=True, desc=out.name) as bar:
+        with (open(partial, "wb") as sink,
+              tqdm(total=size, unit="B", unit_scale=True, desc=out.name) as bar):
             for path in files:
                 for text, read in documents(path):
-                    ids = tokenizer.encode(text) if text else [tokenizer.eos_id()]
+                    ids = [tokenizer.eos_id()] if text is None else tokenizer.encode(text)
                     np.asarray(ids, dtype).tofile(sink)
                     count += len(ids)
                     bar.update(read)
@@ -164,7 +179,8 @@ def write_tokens(files: list[Path], tokenizer: sentencepiece.SentencePieceProces
 
 
 def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) -> Path:
-    """The token file of one split of the standard library, made at the first call and kept in data/tokens."""
+    """The token file of one split of the standard library, made at the first call and kept in
+    data/tokens."""
     tokenizer = load_tokenizer(tokenizer_path)
     key = f"stdlib-{platform.python_version()}-{short_hash(tokenizer.serialized_model_proto())}"
     out = CACHE / key / f"{split}{'+tests' if tests else ''}.bin"
@@ -174,10 +190,12 @@ def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) 
 
 
 def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
-    """The token file of a text or a folder of texts, made anew when they change and kept in data/tokens."""
+    """The token file of a text or a folder of texts, made anew when they change and kept in
+    data/tokens."""
     files, tokenizer = text_files([path]), load_tokenizer(tokenizer_path)
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    out = CACHE / f"{Path(path).stem}-{short_hash(repr(state).encode() + tokenizer.serialized_model_proto())}.bin"
+    key = short_hash(repr(state).encode() + tokenizer.serialized_model_proto())
+    out = CACHE / f"{Path(path).stem}-{key}.bin"
     if not out.exists():
         write_tokens(files, tokenizer, out)
     return out
@@ -187,18 +205,21 @@ def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:8]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Passkey documents: a number hidden in filler, asked for at the end
 
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+FILLER = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
+          "There and back again. ")
 
 
-def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out: bool) -> tuple[list[int], int]:
-    """A passkey prompt with its answer: at most `length` token ids, BOS first, and how many at the end are the answer.
+def passkey_document(tokenizer, length: int, rng: np.random.Generator,
+                     held_out: bool) -> tuple[list[int], int]:
+    """A passkey prompt with its answer: at most `length` token ids, BOS first, and how many at the
+    end are the answer.
 
-    The key (1 to 50,000) and its depth (characters of filler before it) are drawn from `rng`. Those whose last digit is 3
-    are held out: training draws only others (`held_out=False`), evaluation only those. Raises ValueError if `length` is
-    too short for the prompt.
+    The key (1 to 50,000) and its depth (characters of filler before it) are drawn from `rng`. Those
+    whose last digit is 3 are held out: training draws only others (`held_out=False`), evaluation
+    only those. Raises ValueError if `length` is too short for the prompt.
     """
 
     def draw(low: int, high: int) -> int:
@@ -229,37 +250,45 @@ def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out:
     raise ValueError(f"a passkey prompt does not fit into {length} tokens; ask for more")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Command line
+
 
 
 def new_tokenizer(vocab_size: int, out: Path) -> None:
-    """Train a SentencePiece tokenizer like Llama's (BPE, byte fallback, single digits) on the library's training files."""
+    """Train a SentencePiece tokenizer like Llama's (BPE, byte fallback, single digits) on the
+    library's training files."""
 
     def lines() -> Iterator[str]:
         for path in library_files("train"):
             yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
-        document = "A pass key is hidden in the text below. Find it and remember it. What is the pass key? " + FILLER
+        document = ("A pass key is hidden in the text below. Find it and remember it. "
+                    "What is the pass key? " + FILLER)
         yield from [document] * 500
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     with open(partial, "wb") as sink:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=sink, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", character_coverage=0.9995, max_sentence_length=1 << 16,
-            num_threads=1, minloglevel=1,
-        )
+            sentence_iterator=lines(), model_writer=sink, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False, normalization_rule_name="identity",
+            character_coverage=0.9995, max_sentence_length=1 << 16, num_threads=1, minloglevel=1)
     os.replace(partial, out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", help=".txt, .jsonl or folders of them (default: the standard library)")
-    parser.add_argument("--tokenizer", default=str(HERE / "tiny-llama" / "tokenizer.model"), help="SentencePiece model")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*",
+                        help=".txt, .jsonl or folders of them (default: the standard library)")
+    parser.add_argument("--tokenizer", default=str(HERE / "tiny-llama" / "tokenizer.model"),
+                        help="SentencePiece model")
     parser.add_argument("--out", type=Path, help="token file to write, with texts")
-    parser.add_argument("--tests", action="store_true", help="add the library's test suites to the training split")
-    parser.add_argument("--new-tokenizer", type=int, metavar="PIECES", help="train the file --tokenizer names, and stop")
+    parser.add_argument("--tests", action="store_true",
+                        help="add the library's test suites to the training split")
+    parser.add_argument("--new-tokenizer", type=int, metavar="PIECES",
+                        help="train the file --tokenizer names, and stop")
     args = parser.parse_args()
     if args.new_tokenizer:
         new_tokenizer(args.new_tokenizer, Path(args.tokenizer))
@@ -269,9 +298,10 @@ def main() -> None:
         count = write_tokens(text_files(args.texts), load_tokenizer(args.tokenizer), args.out)
         print(f"{args.out}: {count:,} tokens")
     else:
+        width = np.dtype(token_dtype(load_tokenizer(args.tokenizer).vocab_size())).itemsize
         for split in ("train", "valid", "test"):
             path = library_tokens(args.tokenizer, split, args.tests and split == "train")
-            print(f"{path}: {path.stat().st_size // 2:,} tokens")
+            print(f"{path}: {path.stat().st_size // width:,} tokens")
 
 
 if __name__ == "__main__":
