@@ -33,7 +33,7 @@ BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
 
 
 def default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -97,8 +97,22 @@ def open_tokens(data: str, model_path: str, vocab_size: int,
     return tokens
 
 
+def load_tokenizer(model_path: str, vocab_size: int):
+    """The tokenizer of a model folder. Raises FileNotFoundError, and ValueError if it has more
+    pieces than the model."""
+    tokenizer = prepare.load_tokenizer(model_path)
+    if tokenizer.vocab_size() > vocab_size:
+        raise ValueError(f"{model_path}: the tokenizer has {tokenizer.vocab_size()} pieces, the "
+                         f"model only {vocab_size}")
+    return tokenizer
+
+
 # --------------------------------------------------------------------------------------------------
 # Perplexity
+
+
+def default_stride(protocol: str, context: int) -> int:
+    return 256 if protocol == "official" else max(1, context // 2)
 
 
 def windows(length: int, context: int, protocol: str,
@@ -124,7 +138,7 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
                group_size: int | None = None, shift: bool = True) -> tuple[float, int]:
     """Perplexity of `model` on `tokens` (N,) in windows of `context` tokens, and how many tokens
     were scored. Raises ValueError if there is nothing to score."""
-    stride = stride or (256 if protocol == "official" else max(1, context // 2))
+    stride = stride or default_stride(protocol, context)
     if context < 2 or not 0 < stride < context and protocol == "once" or stride < 1:
         raise ValueError(f"windows of {context} tokens cannot start every {stride} tokens")
     spans = list(windows(len(tokens), context, protocol, stride))
@@ -192,6 +206,12 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text}")
+    return value
+
+
 def load(args: argparse.Namespace) -> tuple[longlora.Llama, torch.dtype]:
     device = default_device()
     dtype = compute_dtype(args.dtype, device)
@@ -216,9 +236,11 @@ def print_table(rows: list[dict]) -> None:
 def run_perplexity(args: argparse.Namespace) -> list[dict]:
     model, dtype = load(args)
     tokens = open_tokens(args.data, args.model, model.config.vocab_size)[:args.max_tokens]
+    if len(tokens) < max(args.context):
+        raise ValueError(f"{len(tokens):,} tokens are too few for windows of {max(args.context):,}")
     rows = []
     for context in args.context:
-        stride = args.stride or (256 if args.protocol == "official" else max(1, context // 2))
+        stride = args.stride or default_stride(args.protocol, context)
         group_size = args.group_size or longlora.default_group_size(context)
         pattern = attention_pattern(args.attention, group_size)
         value, count = perplexity(model, tokens, context, args.protocol, stride, dtype, **pattern)
@@ -229,7 +251,8 @@ def run_perplexity(args: argparse.Namespace) -> list[dict]:
 
 def run_passkey(args: argparse.Namespace) -> list[dict]:
     model, dtype = load(args)
-    tokenizer = prepare.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+    prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(0), held_out=True)
     return [{"length": length, "trials": args.trials,
              "accuracy": passkey_accuracy(model, tokenizer, length, args.trials, args.seed, dtype)}
             for length in args.length]
@@ -270,7 +293,7 @@ def main() -> None:
     sub.add_argument("--length", type=integers, default="128,256,512,1024,2048",
                      help="tokens in a prompt, at most")
     sub.add_argument("--trials", type=positive, default=100, help="prompts at each length")
-    sub.add_argument("--seed", type=int, default=0, help="of keys and depths")
+    sub.add_argument("--seed", type=natural, default=0, help="of keys and depths")
 
     args = parser.parse_args()
     rows = args.run(args)

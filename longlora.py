@@ -62,7 +62,7 @@ class LlamaConfig:
                  "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
         for name in sizes:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or not 1 <= value < 1 << 31:
                 raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
         H, H_kv = self.num_attention_heads, self.num_key_value_heads
         if H % H_kv:
@@ -73,12 +73,16 @@ class LlamaConfig:
                 raise ValueError(f"config: hidden_size ({self.hidden_size}) must be a multiple of "
                                  f"num_attention_heads ({H}), or head_dim be given")
             self.head_dim = self.hidden_size // H
-        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
+        D = self.head_dim
+        if type(D) is not int or not 2 <= D < 1 << 31 or D % 2:
             raise ValueError(f"config: head_dim must be even (rotary pairs), got {self.head_dim!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError("config: tie_word_embeddings must be true or false, "
+                             f"got {self.tie_word_embeddings!r}")
         self.interpolation_factor  # checks rope_scaling
 
     @property
@@ -183,8 +187,9 @@ def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         raise ValueError(f"shifting half of the heads needs an even number of them, got {H}")
     if H_kv % 2:  # the halves of the query heads share a key-value head
         k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))
-    halves = zip(*(x.chunk(2, dim=1) for x in (q, k, v)), (0, G // 2))
-    return torch.cat([grouped_attention(*half, G, first) for *half, first in halves], dim=1)
+    (q1, q2), (k1, k2), (v1, v2) = (x.chunk(2, dim=1) for x in (q, k, v))  # halves of the heads
+    return torch.cat([grouped_attention(q1, k1, v1, G, first=0),
+                      grouped_attention(q2, k2, v2, G, first=G // 2)], dim=1)
 
 
 def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
@@ -199,16 +204,15 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
     B, _, T, _ = q.shape
     first = min(first, T)
     whole = (T - first) // G * G
+    spans = [first, whole, T - first - whole]
     out = []
-    pieces = (x.split([first, whole, T - first - whole], dim=2) for x in (q, k, v))
-    for q, k, v in zip(*pieces):  # (B, H, t, D)
-        t = q.shape[2]
+    for qkv in zip(q.split(spans, dim=2), k.split(spans, dim=2), v.split(spans, dim=2)):
+        t = qkv[0].shape[2]
         if t == 0:
             continue
-        n = t // G if t > G else 1
+        n = max(1, t // G)  # all whole groups at once, or one that is shorter
         # (B, H, n * g, D) -> (B * n, H, g, D)
-        q, k, v = (x.unflatten(2, (n, t // n)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        o = causal_attention(q, k, v)
+        o = causal_attention(*(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in qkv))
         out.append(o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3))
     return torch.cat(out, dim=2) if len(out) > 1 else out[0]
 
@@ -216,6 +220,10 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Full causal attention: q (B, H, T, D), k and v (B, H_kv, T, D); returns (B, H, T, D)."""
     gqa = q.shape[1] != k.shape[1]
+    if gqa and q.is_cuda and q.dtype == torch.float32:
+        # Flash takes no float32 there, and the kernel that does takes no grouped heads.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        gqa = False
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
@@ -263,8 +271,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, *attention) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, group_size: int | None,
+                shift: bool) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, group_size, shift)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -415,8 +424,8 @@ class LoRALinear(nn.Module):
 
 def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
              targets: Iterable[str] = ATTENTION_PROJECTIONS) -> None:
-    """Replace every linear layer whose name ends in one of `targets` by a LoRALinear, in place
-    (Section 3.3).
+    """Replace every linear layer below the head whose name is in `targets` by a LoRALinear, in
+    place (Section 3.3).
 
     Raises ValueError if `rank` is below 1, a target matches no layer, or LoRA is there already.
     """
@@ -424,7 +433,7 @@ def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
         raise ValueError(f"LoRA's rank must be at least 1, got {rank}")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has LoRA already: merge_lora(model) first")
-    found = {target: [parent for parent in model.modules()
+    found = {target: [parent for parent in model.model.modules()
                       if isinstance(getattr(parent, target, None), nn.Linear)]
              for target in targets}
     for target, parents in found.items():
@@ -449,6 +458,15 @@ def merge_lora(model: Llama) -> None:
                 setattr(parent, name, linear)
 
 
+def trainable_parts(trainable: str) -> set[str]:
+    """{"full"}, or some of "lora", "embed", "norm", from a text with commas. Raises ValueError."""
+    parts = set(trainable.split(","))
+    if not parts <= {"lora", "embed", "norm"} and parts != {"full"}:
+        raise ValueError('trainable must be "full" or some of lora, embed, norm, joined by commas; '
+                         f"got {trainable!r}")
+    return parts
+
+
 def set_trainable(model: Llama, trainable: str) -> None:
     """Choose what trains: "full", or some of "lora", "embed", "norm" joined by commas (LoRA+ is all
     three; Section 3.3).
@@ -458,10 +476,9 @@ def set_trainable(model: Llama, trainable: str) -> None:
     untied and frozen, except under "full". Raises ValueError on unknown parts, and on "lora"
     without `add_lora` before.
     """
-    parts = set(trainable.split(","))
-    if not parts <= {"lora", "embed", "norm"} and parts != {"full"}:
-        raise ValueError('trainable must be "full" or some of lora, embed, norm, joined by commas; '
-                         f"got {trainable!r}")
+    parts = trainable_parts(trainable)
+    if "lora" in parts and not any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError('trainable has "lora", but the model has no LoRA: add_lora(model) first')
     if "embed" in parts:
         untie(model)
     for name, p in model.named_parameters():
@@ -470,8 +487,6 @@ def set_trainable(model: Llama, trainable: str) -> None:
         p.requires_grad_(kind in parts or parts == {"full"})
         if p.requires_grad:
             p.data = p.data.float()
-    if "lora" in parts and not any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError('trainable has "lora", but the model has no LoRA: add_lora(model) first')
 
 
 def untie(model: Llama) -> None:
@@ -609,8 +624,8 @@ def load_config(path: str | Path) -> LlamaConfig:
     if rope := values.get("rope_parameters"):  # the newest spelling: theta and scaling together
         kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "no object"
         values["rope_scaling"] = None if kind == "default" else rope
-        if kind in ("default", "linear"):
-            values["rope_theta"] = rope.get("rope_theta", LlamaConfig.rope_theta)
+        if kind in ("default", "linear") and "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     try:
         return LlamaConfig(**{name: value for name, value in values.items() if name in known})
@@ -710,9 +725,9 @@ def load_adapter(model: Llama, path: str | Path) -> None:
     """Put a PEFT adapter onto `model`, in place: its LoRA, embedding and norms, and the context of
     longlora.json.
 
-    What it holds keeps its dtype, float32: on a bf16 model call under autocast, or convert the
-    whole with `model.to(dtype)`. Raises FileNotFoundError, and ValueError for what it cannot honour
-    or does not fit the model.
+    What it holds becomes float32: call a bf16 model under autocast, or convert the whole with
+    `model.to(dtype)`. Raises FileNotFoundError, and ValueError for what it cannot honour or does
+    not fit the model; then the model is as it was.
     """
     path = Path(path)
     if not path.is_dir():
@@ -726,7 +741,7 @@ def load_adapter(model: Llama, path: str | Path) -> None:
             raise ValueError(f"{file}: {name} {config[name]!r} is not supported, only {plain!r}")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     numbers = type(rank) is int and isinstance(alpha, (int, float))
-    if not numbers or not isinstance(targets, list):
+    if not (numbers and isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise ValueError(f"{file}: expected r, lora_alpha and a list of target_modules, "
                          f"got {rank!r}, {alpha!r}, {targets!r}")
     tensors = read_safetensors(path / "adapter_model.safetensors")
@@ -765,5 +780,5 @@ def load_adapter(model: Llama, path: str | Path) -> None:
         untie(model)
     for name, p in model.named_parameters():
         if name in tensors:
-            p.data = tensors[name].to(p.device, copy=True)
+            p.data = tensors[name].to(p.device, torch.float32, copy=True)
     model.requires_grad_(False)

@@ -2,7 +2,7 @@
 
     python train.py                                          # the small Llama, 256 -> 2,048 tokens,
                                                              # minutes on a laptop
-    python train.py --model Llama-2-7b-hf --data corpus.bin  # 4,096 -> 32,768 tokens
+    python train.py --model TinyLlama-1.1B --data corpus.bin # 2,048 -> 16,384 tokens
     python train.py --help
 """
 import argparse
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import longlora
 from data import prepare
 from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, default_device,
-                  open_tokens, perplexity)
+                  load_tokenizer, open_tokens, perplexity)
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
 # measured to be good for models below 100 million parameters (data/README.md). A small model learns
@@ -38,13 +38,14 @@ SMALL = 100_000_000
 PASSKEY_TOKENS = 128  # the shortest passkey document in training
 
 
+def flag(default, group: str, text: str, **more):
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, **more})
+
+
 @dataclasses.dataclass
 class Run:
     """The settings of a run; every flag is a field. None: decided by the model's size or by
     --context, see `resolve`."""
-
-    def flag(default, group, text, **more):
-        return dataclasses.field(default=default, metadata={"group": group, "help": text, **more})
 
     model: str = flag(TINY_LLAMA, "model and data", "folder of the Llama to extend")
     init: str = flag("pretrained", "model and data", "random: use only its config and tokenizer",
@@ -72,6 +73,7 @@ class Run:
     warmup: int = flag(20, "optimization", "steps of linear warm-up")
     decay: float | None = flag(None, "optimization",
                                "share of the steps, at the end, in which the rate falls to zero")
+    weight_decay: float = flag(0.0, "optimization", "of matrices; never of norms")
     clip: float = flag(1.0, "optimization", "largest gradient norm")
     seed: int = flag(0, "optimization", "of the batches and of random weights")
     dtype: str = flag("auto", "machine", "compute in; auto: bfloat16 where it is native",
@@ -113,30 +115,30 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     """Fill in the settings that depend on the model, and check the numbers. Raises ValueError."""
     size = sum(p.numel() for p in model.parameters())
     recipe = RECIPES["small" if size < SMALL else "large"]
-    for name, value in recipe.items():
-        if getattr(run, name, value) is None:
-            setattr(run, name, value)
-    if run.passkey is None:
-        run.passkey = 0.1 if run.data.startswith("stdlib") else 0.0
+    for name in ("steps", "batch_size", "lr", "decay", "rank"):
+        if getattr(run, name) is None:
+            setattr(run, name, recipe[name])
     if run.context is None:
         run.context = 8 * model.config.max_position_embeddings
+    if run.passkey is None:
+        library = run.data in ("stdlib", "stdlib+tests")
+        run.passkey = 0.1 if library and run.context >= PASSKEY_TOKENS else 0.0
     if run.group_size is None:
         run.group_size = longlora.default_group_size(run.context, recipe["groups"])
     if run.micro_batch is None:
         run.micro_batch = max(1, 8192 // max(1, run.context))
     for name, low, high in (
-            ("context", 2, math.inf), ("group_size", 2, math.inf), ("rank", 1, math.inf),
-            ("steps", 1, math.inf), ("batch_size", 1, math.inf), ("micro_batch", 1, math.inf),
-            ("lr", 0, 1e3), ("warmup", 0, math.inf), ("decay", 0, 1), ("clip", 0, math.inf),
-            ("passkey", 0, 1), ("seed", 0, math.inf), ("eval_every", 0, math.inf),
-            ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
+            ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
+            ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf),
+            ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31),
+            ("lr", 0, 1e3), ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
+            ("clip", 1e-9, math.inf), ("passkey", 0, 1), ("seed", 0, (1 << 63) - 1),
+            ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
         if not low <= (value := getattr(run, name)) <= high:
-            flag, most = name.replace("_", "-"), f" and at most {high:g}" * (high < math.inf)
-            raise ValueError(f"--{flag} must be at least {low}{most}, got {value}")
-    parts = set(run.trainable.split(","))
-    if parts != {"full"} and not parts <= {"lora", "embed", "norm"}:
-        raise ValueError("--trainable must be full, or some of lora, embed, norm joined by commas; "
-                         f"got {run.trainable}")
+            most = f" and at most {high:g}" * (high < math.inf)
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
+                             f"got {value}")
+    longlora.trainable_parts(run.trainable)
     if run.passkey and run.context < PASSKEY_TOKENS:
         raise ValueError(f"--passkey needs a --context of {PASSKEY_TOKENS} tokens at least")
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
@@ -212,14 +214,14 @@ def load_state(run: Run) -> dict | None:
         return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        was = state["run"]
+        was, *_ = state["run"], state["step"], state["trained"], state["optimizer"]
     except Exception as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}); "
                          "--overwrite starts again") from None
     for name, value in dataclasses.asdict(run).items():
         if name not in FREE and was.get(name) != value:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--resume: {out} was made with --{flag} {was.get(name)}, not {value}")
+            raise ValueError(f"--resume: {out} was made with --{name.replace('_', '-')} "
+                             f"{was.get(name)}, not {value}")
     return state
 
 
@@ -241,7 +243,7 @@ def restore(run: Run, state: dict, model: longlora.Llama, optimizer: torch.optim
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's allocations, or on the CPU the most that the process ever held."""
+    """Bytes: CUDA's allocations since training began, else the most that the process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -251,8 +253,12 @@ def peak_memory(device: torch.device) -> int:
 def check_out(run: Run) -> None:
     """Raises ValueError if writing to --out would destroy what is there unasked."""
     out = Path(run.out)
+    if run.resume and run.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
+    if out.resolve() == Path(run.model).resolve():
+        raise ValueError(f"--out {out} is the folder of --model: choose another")
     if (out / "log.jsonl").exists():
         if not (run.resume or run.overwrite):
             raise ValueError(f"{out} holds a run already: --resume continues it, "
@@ -269,6 +275,26 @@ def table(results: dict) -> str:
     lines += [name.rjust(14) + "".join(f"{row[c]:10.2f}" for c in contexts)
               for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer,
+                   batch: torch.Tensor, dtype: torch.dtype, pattern: dict) -> tuple[float, float]:
+    """One step on a batch (batch_size, context + 1), a micro-batch at a time: its loss and gradient
+    norm. Where one is not finite, nothing is updated."""
+    device = model.lm_head.weight.device
+    loss = 0.0
+    for rows in batch.split(run.micro_batch):
+        rows = rows.to(device)
+        with autocast(device, dtype):
+            part = model(rows[:, :-1], rows[:, 1:], **pattern) * (len(rows) / run.batch_size)
+        part.backward()
+        loss += part.item()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
+    if math.isfinite(loss + norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
 
 
 def main(run: Run) -> None:
@@ -297,10 +323,14 @@ def main(run: Run) -> None:
                          f"--context {run.context:,}")
     valid, test = valid[:max(32768, run.context)], test[:max(run.eval_tokens, run.context)]
     if run.eval_every and len(valid) < run.context or run.eval_tokens and len(test) < run.context:
-        raise ValueError(f"--data {run.data}: {len(test):,} held-out tokens are too few for "
-                         f"--context {run.context:,}; give more text, or --eval-every 0 "
-                         "--eval-tokens 0")
-    tokenizer = prepare.load_tokenizer(run.model) if run.passkey else None
+        raise ValueError(f"--data {run.data}: {min(len(valid), len(test)):,} held-out tokens are "
+                         f"too few for --context {run.context:,}; give more text, or "
+                         "--eval-every 0 --eval-tokens 0")
+    tokenizer = None
+    if run.passkey:
+        tokenizer = load_tokenizer(run.model, model.config.vocab_size)
+        rng = np.random.default_rng(0)
+        prepare.passkey_document(tokenizer, PASSKEY_TOKENS, rng, held_out=False)  # does one fit?
     model.to(dtype if run.trainable != "full" else torch.float32)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.
@@ -328,8 +358,10 @@ def main(run: Run) -> None:
     if run.compile:
         model.model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trained if p.dim() > 1], "weight_decay": run.weight_decay},
+         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
+        lr=run.lr, betas=(0.9, 0.95), fused=True)
 
     out.mkdir(parents=True, exist_ok=True)
     if state is None:
@@ -342,46 +374,47 @@ def main(run: Run) -> None:
           f"{run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, "
           f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}")
 
-    interrupted = []  # Ctrl-C ends the run after the step at work; a second one ends it at once
+    interrupted = False
     usual = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, usual)))
+
+    def on_interrupt(*_) -> None:
+        """Ctrl-C ends the run after the step at work; a second one ends it at once."""
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    held_out = ""
     with (open(out / "log.jsonl", "a", encoding="utf-8") as log,
           tqdm(total=run.steps, initial=first, unit="step") as bar):
         for step in range(first, run.steps):
             began = time.perf_counter()
-            loss = 0.0
-            for rows in make_batch(run, train, tokenizer, step).split(run.micro_batch):
-                rows = rows.to(device)
-                with autocast(device, dtype):
-                    part = model(rows[:, :-1], rows[:, 1:], **pattern)
-                    part = part * (len(rows) / run.batch_size)
-                part.backward()
-                loss += part.item()
-            norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
-            if not math.isfinite(loss + norm):
-                sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
-                         f"{norm}; {out} keeps what was saved before. Try a lower --lr than "
-                         f"{run.lr:g}, or --dtype float32")
             rate = learning_rate(run, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            batch = make_batch(run, train, tokenizer, step)
+            loss, norm = optimizer_step(run, model, optimizer, batch, dtype, pattern)
+            if not math.isfinite(loss + norm):
+                kept = "keeps the last save" if (out / "state.pt").exists() else "has no save yet"
+                sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
+                         f"{norm}; {out} {kept}. Try a lower --lr than {run.lr:g}, or "
+                         "--dtype float32")
             tokens_per_s = run.batch_size * run.context / (time.perf_counter() - began)
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
                     "tokens": (step + 1) * run.batch_size * run.context,
                     "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory(device)}
             if run.eval_every and (step + 1) % run.eval_every == 0:
-                line["valid_perplexity"] = perplexity(model, valid, run.context, dtype=dtype)[0]
+                value, _ = perplexity(model, valid, run.context, dtype=dtype)
+                line["held_out_loss"] = math.log(value)
+                held_out = f", held-out loss {math.log(value):.3f}"
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
-            shown = f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s"
-            shown += f", {line['peak_memory_bytes'] / 2**30:.2f} GiB"
-            if "valid_perplexity" in line:
-                shown += f", held-out perplexity {line['valid_perplexity']:.2f}"
-            bar.set_postfix_str(shown)
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s, "
+                                f"{line['peak_memory_bytes'] / 2**30:.2f} GiB{held_out}")
             if interrupted or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 save(run, model, optimizer, step + 1, stored)
             if interrupted:
@@ -400,4 +433,8 @@ def main(run: Run) -> None:
 
 if __name__ == "__main__":
     with prepare.one_line_errors():
-        main(parse())
+        try:
+            main(parse())
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"out of memory: {str(error).splitlines()[0]} Try --checkpointing, a smaller "
+                     "--micro-batch or a shorter --context")

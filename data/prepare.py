@@ -5,7 +5,7 @@ needs it. Documents are joined by `</s>`, as in the paper (Section 4.1), so that
 length may be cut from anywhere.
 
     python data/prepare.py                # the standard library -> train.bin, valid.bin, test.bin
-    python data/prepare.py --tests        # the same, its test suites added to train.bin
+    python data/prepare.py --tests        # the same, with the test suites in train+tests.bin
     python data/prepare.py book.txt folder/ --tokenizer llama/tokenizer.model --out corpus.bin
     python data/prepare.py --new-tokenizer 2048 --tokenizer data/tiny-llama/tokenizer.model
 
@@ -94,7 +94,7 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
             files += found
         elif not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        elif path.suffix in (".txt", ".jsonl", ".py"):
+        elif path.suffix in (".txt", ".jsonl"):
             files.append(path)
         else:
             raise ValueError(f"{path}: not a text; expected .txt, .jsonl, a folder of them, "
@@ -106,7 +106,7 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
     """The documents of a file in pieces, each with the characters read for it; None ends one.
 
     Each line of a .jsonl is a document ("text"), every other file is one; that comes in pieces of
-    whole lines, about a megabyte each.
+    whole lines, about a megabyte each: a line must fit into memory.
     """
     if path.suffix != ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -126,7 +126,7 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
-            yield text, len(line)
+            yield text.encode("utf-8", "replace").decode(), len(line)  # JSON may hold half a pair
             yield None, 0
 
 
@@ -148,6 +148,8 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError:
         raise ValueError(f"{path}: not a SentencePiece model") from None
+    if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
+        raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
     return tokenizer
 
 
@@ -254,7 +256,6 @@ def passkey_document(tokenizer, length: int, rng: np.random.Generator,
 # Command line
 
 
-
 def new_tokenizer(vocab_size: int, out: Path) -> None:
     """Train a SentencePiece tokenizer like Llama's (BPE, byte fallback, single digits) on the
     library's training files."""
@@ -268,13 +269,19 @@ def new_tokenizer(vocab_size: int, out: Path) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    with open(partial, "wb") as sink:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=sink, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-            remove_extra_whitespaces=False, normalization_rule_name="identity",
-            character_coverage=0.9995, max_sentence_length=1 << 16, num_threads=1, minloglevel=1)
-    os.replace(partial, out)
+    try:
+        with open(partial, "wb") as sink:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines(), model_writer=sink, vocab_size=vocab_size,
+                model_type="bpe", byte_fallback=True, split_digits=True,
+                allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
+                normalization_rule_name="identity", character_coverage=0.9995,
+                max_sentence_length=1 << 16, num_threads=1, minloglevel=1)
+        os.replace(partial, out)
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -282,18 +289,21 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*",
                         help=".txt, .jsonl or folders of them (default: the standard library)")
-    parser.add_argument("--tokenizer", default=str(HERE / "tiny-llama" / "tokenizer.model"),
-                        help="SentencePiece model")
+    parser.add_argument("--tokenizer", help="SentencePiece model (data/tiny-llama's)")
     parser.add_argument("--out", type=Path, help="token file to write, with texts")
     parser.add_argument("--tests", action="store_true",
                         help="add the library's test suites to the training split")
     parser.add_argument("--new-tokenizer", type=int, metavar="PIECES",
                         help="train the file --tokenizer names, and stop")
     args = parser.parse_args()
-    if args.new_tokenizer:
+    if args.new_tokenizer is not None:
+        if not args.tokenizer or args.texts:
+            parser.error("--new-tokenizer takes --tokenizer FILE to write, and no texts")
         new_tokenizer(args.new_tokenizer, Path(args.tokenizer))
-    elif args.texts:
-        if not args.out:
+        return
+    args.tokenizer = args.tokenizer or HERE / "tiny-llama" / "tokenizer.model"
+    if args.texts:
+        if not args.out or args.out.suffix != ".bin":
             parser.error("with texts, say where to write: --out FILE.bin")
         count = write_tokens(text_files(args.texts), load_tokenizer(args.tokenizer), args.out)
         print(f"{args.out}: {count:,} tokens")
