@@ -204,13 +204,12 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
     B, _, T, _ = q.shape
     first = min(first, T)
     whole = (T - first) // G * G
-    spans = [first, whole, T - first - whole]
+    spans = [t for t in (first, whole, T - first - whole) if t]
+    # To split costs a copy in the backward pass: where whole groups fill T, it is left out.
+    pieces = zip(*(x.split(spans, dim=2) for x in (q, k, v))) if len(spans) > 1 else [(q, k, v)]
     out = []
-    for qkv in zip(q.split(spans, dim=2), k.split(spans, dim=2), v.split(spans, dim=2)):
-        t = qkv[0].shape[2]
-        if t == 0:
-            continue
-        n = max(1, t // G)  # all whole groups at once, or one that is shorter
+    for qkv in pieces:
+        n = max(1, qkv[0].shape[2] // G)  # all whole groups at once, or one that is shorter
         # (B, H, n * g, D) -> (B * n, H, g, D)
         o = causal_attention(*(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in qkv))
         out.append(o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3))

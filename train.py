@@ -32,7 +32,7 @@ from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, defaul
 # projection's freedom, but it limits a 256-wide one more than it saves.
 RECIPES = {
     "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "decay": 0.0, "rank": 8, "groups": 4},
-    "small": {"steps": 200, "batch_size": 4, "lr": 1.5e-3, "decay": 1.0, "rank": 64, "groups": 2},
+    "small": {"steps": 320, "batch_size": 2, "lr": 2e-3, "decay": 1.0, "rank": 64, "groups": 2},
 }
 SMALL = 100_000_000
 PASSKEY_TOKENS = 128  # the shortest passkey document in training
@@ -68,7 +68,7 @@ class Run:
     steps: int | None = flag(None, "optimization", "optimizer steps")
     batch_size: int | None = flag(None, "optimization", "sequences a step, over all micro-steps")
     micro_batch: int | None = flag(None, "optimization",
-                                   "sequences a micro-step (as many as make 8,192 tokens, or one)")
+                                   "sequences a micro-step (as many as make 2,048 tokens, or one)")
     lr: float | None = flag(None, "optimization", "peak learning rate")
     warmup: int = flag(20, "optimization", "steps of linear warm-up")
     decay: float | None = flag(None, "optimization",
@@ -126,7 +126,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     if run.group_size is None:
         run.group_size = longlora.default_group_size(run.context, recipe["groups"])
     if run.micro_batch is None:
-        run.micro_batch = max(1, 8192 // max(1, run.context))
+        run.micro_batch = max(1, 2048 // max(1, run.context))
     for name, low, high in (
             ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
             ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf),
