@@ -27,9 +27,9 @@ from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, defaul
                   load_tokenizer, open_tokens, perplexity)
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
-# measured for models below 100 million parameters (data/README.md): a small model learns at a higher
-# rate, a 256-wide one is limited by rank 8 more than it saves, and no head is trained beyond its
-# group, which 320 steps do not make up for: so half of the context (the paper's Table 7 allows it).
+# measured for models below 100 million parameters (data/README.md). A small model learns at a
+# higher rate, and rank 8 limits one of width 256 more than it saves. No head is trained beyond its
+# group, which so few steps do not make up for: groups of half the context (paper, Table 7).
 RECIPES = {
     "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "decay": 0.0, "rank": 8, "groups": 4},
     "small": {"steps": 320, "batch_size": 2, "lr": 2e-3, "decay": 1.0, "rank": 64, "groups": 2},
