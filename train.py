@@ -331,6 +331,7 @@ def main(run: Run) -> None:
         tokenizer = load_tokenizer(run.model, model.config.vocab_size)
         rng = np.random.default_rng(0)
         prepare.passkey_document(tokenizer, PASSKEY_TOKENS, rng, held_out=False)  # does one fit?
+    out.mkdir(parents=True, exist_ok=True)
     model.to(dtype if run.trainable != "full" else torch.float32)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.
@@ -363,7 +364,6 @@ def main(run: Run) -> None:
          {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
         lr=run.lr, betas=(0.9, 0.95), fused=True)
 
-    out.mkdir(parents=True, exist_ok=True)
     if state is None:
         for name in FILES:
             (out / name).unlink(missing_ok=True)
