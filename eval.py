@@ -72,6 +72,9 @@ def open_tokens(data: str, model_path: str, vocab_size: int,
     FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
     """
     library = data in ("stdlib", "stdlib+tests")
+    pieces = vocab_size
+    if Path(data).suffix != ".bin":  # as wide as the tokenizer wrote them
+        pieces = load_tokenizer(model_path, vocab_size).vocab_size()
     if library:
         tests = data.endswith("tests") and split == "train"
         path = prepare.library_tokens(model_path, split or "test", tests)
@@ -81,7 +84,7 @@ def open_tokens(data: str, model_path: str, vocab_size: int,
             raise FileNotFoundError(f"{path}: no such token file")
     else:
         path = prepare.text_tokens(data, model_path)
-    dtype = np.dtype(prepare.token_dtype(vocab_size))
+    dtype = np.dtype(prepare.token_dtype(pieces))
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
@@ -296,6 +299,8 @@ def main() -> None:
     sub.add_argument("--seed", type=natural, default=0, help="of keys and depths")
 
     args = parser.parse_args()
+    if args.json and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
+        raise ValueError(f"--json {args.json}: name a file in a folder that can be written to")
     rows = args.run(args)
     print_table(rows)
     if args.json:

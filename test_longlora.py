@@ -485,6 +485,22 @@ def test_passkey_documents():
         assert not set(trained) & set(tested) and len(set(tested)) > 50
 
 
+def test_training_reads_passkey_documents_end_to_end():
+    """As many as find room, half of them shorter than the geometric mean of least and most."""
+    lengths = []
+    for seed in range(60):
+        room = 128 + 1920 * (seed % 2)
+        ids = prepare.passkey_documents(TOKENIZER, room, np.random.default_rng(seed))
+        ends = [i + 1 for i, token in enumerate(ids) if token == TOKENIZER.eos_id()]
+        parts = [ids[a:b] for a, b in zip([0, *ends], ends)]
+        assert ends[-1] == len(ids) and room - 128 < len(ids) <= room + 1
+        for part in parts:
+            assert part[0] == TOKENIZER.bos_id() and part.count(TOKENIZER.bos_id()) == 1
+            assert TOKENIZER.decode(part).endswith(tuple("012456789"))  # no held-out key
+        lengths += [len(parts[0])] * (room > 128)
+    assert 8 <= sum(length < 512 for length in lengths) <= 22
+
+
 @torch.no_grad()
 def reference_perplexity(model, tokens, context, protocol, stride):
     """Token by token for "once", window by window for "official", from all logits."""
@@ -666,7 +682,7 @@ BAD_INPUT = {
         | --lr nan | --trainable lora,head | --attention x | --out tokens.bin | --passkey 0.1
         | --out model --overwrite | --resume --overwrite""",
     "eval.py perplexity": """--adapter nowhere | --adapter model | --data short.bin --context 64
-        | --context 16,x | --stride 16 | --attention shifted --group-size 7""",
+        | --context 16,x | --stride 16 | --attention shifted --group-size 7 | --json nowhere/x""",
     "eval.py passkey": "--model model", "eval.py": "",  # no tokenizer; no command
     "data/prepare.py": """nowhere.txt --out x.bin | tokens.bin --out x.bin | model --out x.bin
         | tokens.bin | --tokenizer nowhere | --tokenizer tokens.bin""",

@@ -35,7 +35,6 @@ RECIPES = {
     "small": {"steps": 320, "batch_size": 2, "lr": 2e-3, "decay": 1.0, "rank": 64, "groups": 2},
 }
 SMALL = 100_000_000
-PASSKEY_TOKENS = 128  # the shortest passkey document in training
 
 
 def flag(default, group: str, text: str, **more):
@@ -122,7 +121,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
         run.context = 8 * model.config.max_position_embeddings
     if run.passkey is None:
         library = run.data in ("stdlib", "stdlib+tests")
-        run.passkey = 0.1 if library and run.context >= PASSKEY_TOKENS else 0.0
+        run.passkey = 0.1 if library and run.context >= prepare.PASSKEY_TOKENS else 0.0
     if run.group_size is None:
         run.group_size = longlora.default_group_size(run.context, recipe["groups"])
     if run.micro_batch is None:
@@ -130,8 +129,8 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     for name, low, high in (
             ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
             ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf),
-            ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31),
-            ("lr", 0, 1e3), ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
+            ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31), ("lr", 0, 1e3),
+            ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
             ("clip", 1e-9, math.inf), ("passkey", 0, 1), ("seed", 0, (1 << 63) - 1),
             ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
         if not low <= (value := getattr(run, name)) <= high:
@@ -139,8 +138,8 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
                              f"got {value}")
     longlora.trainable_parts(run.trainable)
-    if run.passkey and run.context < PASSKEY_TOKENS:
-        raise ValueError(f"--passkey needs a --context of {PASSKEY_TOKENS} tokens at least")
+    if run.passkey and run.context < prepare.PASSKEY_TOKENS:
+        raise ValueError(f"--passkey needs a --context of {prepare.PASSKEY_TOKENS} tokens at least")
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
         raise ValueError("shifting half of the heads needs an even number of them: "
                          "--attention local or full")
@@ -167,9 +166,8 @@ def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tens
         start = int(rng.integers(len(tokens) - run.context))
         row = tokens[start:start + run.context + 1].astype(np.int64)
         if rng.random() < run.passkey:
-            length = int(rng.integers(PASSKEY_TOKENS, run.context + 1))
-            ids, _ = prepare.passkey_document(tokenizer, length, rng, held_out=False)
-            row = np.concatenate([ids, [tokenizer.eos_id()], row])[:run.context + 1]
+            row = np.concatenate([prepare.passkey_documents(tokenizer, run.context, rng), row])
+            row = row[:run.context + 1]
         rows.append(row)
     return torch.from_numpy(np.stack(rows))
 
@@ -330,7 +328,7 @@ def main(run: Run) -> None:
     if run.passkey:
         tokenizer = load_tokenizer(run.model, model.config.vocab_size)
         rng = np.random.default_rng(0)
-        prepare.passkey_document(tokenizer, PASSKEY_TOKENS, rng, held_out=False)  # does one fit?
+        prepare.passkey_document(tokenizer, prepare.PASSKEY_TOKENS, rng, False)  # does one fit?
     out.mkdir(parents=True, exist_ok=True)
     model.to(dtype if run.trainable != "full" else torch.float32)
 

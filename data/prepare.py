@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -250,6 +251,23 @@ def passkey_document(tokenizer, length: int, rng: np.random.Generator,
             return ids, len(ids) - 1 - len(tokenizer.encode(question))
         characters -= max(1, 2 * (len(ids) - length))
     raise ValueError(f"a passkey prompt does not fit into {length} tokens; ask for more")
+
+
+PASSKEY_TOKENS = 128  # the shortest document that training makes
+
+
+def passkey_documents(tokenizer, room: int, rng: np.random.Generator) -> list[int]:
+    """Training's passkey documents end to end, as long as one finds `room` (tokens).
+
+    Their lengths are drawn evenly on a log scale: the short ones are learned first, and teach the
+    long. Raises ValueError as `passkey_document`.
+    """
+    ids = []
+    while (left := room - len(ids)) >= PASSKEY_TOKENS:
+        length = round(math.exp(rng.uniform(math.log(PASSKEY_TOKENS), math.log(left))))
+        document, _ = passkey_document(tokenizer, length, rng, held_out=False)
+        ids += [*document, tokenizer.eos_id()]
+    return ids
 
 
 # --------------------------------------------------------------------------------------------------
