@@ -327,8 +327,8 @@ def main(run: Run) -> None:
     tokenizer = None
     if run.passkey:
         tokenizer = load_tokenizer(run.model, model.config.vocab_size)
-        rng = np.random.default_rng(0)
-        prepare.passkey_document(tokenizer, prepare.PASSKEY_TOKENS, rng, False)  # does one fit?
+        prepare.passkey_document(tokenizer, prepare.PASSKEY_TOKENS,  # does one fit?
+                                 np.random.default_rng(0), held_out=False)
     out.mkdir(parents=True, exist_ok=True)
     model.to(dtype if run.trainable != "full" else torch.float32)
 
