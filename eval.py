@@ -102,11 +102,11 @@ def open_tokens(data: str, model_path: str, vocab_size: int,
 
 def load_tokenizer(model_path: str, vocab_size: int):
     """The tokenizer of a model folder. Raises FileNotFoundError, and ValueError if it has more
-    pieces than the model."""
+    pieces than the model. (Added tokens may be beyond the model, as long as no text has them.)"""
     tokenizer = prepare.load_tokenizer(model_path)
-    if tokenizer.vocab_size() > vocab_size:
-        raise ValueError(f"{model_path}: the tokenizer has {tokenizer.vocab_size()} pieces, the "
-                         f"model only {vocab_size}")
+    if (pieces := tokenizer.pieces.vocab_size()) > vocab_size:
+        raise ValueError(f"{model_path}: the tokenizer has {pieces} pieces, the model only "
+                         f"{vocab_size}")
     return tokenizer
 
 
@@ -215,12 +215,14 @@ def natural(text: str) -> int:
     return value
 
 
-def load(args: argparse.Namespace) -> tuple[longlora.Llama, torch.dtype]:
+def load(args: argparse.Namespace, longest: int) -> tuple[longlora.Llama, torch.dtype]:
     device = default_device()
     dtype = compute_dtype(args.dtype, device)
-    model = longlora.load_model(args.model, dtype, device)
+    model = longlora.load_model(args.model, dtype, device, context=longest)
     if args.adapter:
-        longlora.load_adapter(model, args.adapter)
+        longlora.load_adapter(model, args.adapter, args.extend)
+    elif args.extend:
+        model.extend(args.extend)
     return model, dtype
 
 
@@ -237,7 +239,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def run_perplexity(args: argparse.Namespace) -> list[dict]:
-    model, dtype = load(args)
+    model, dtype = load(args, max(args.context))
     tokens = open_tokens(args.data, args.model, model.config.vocab_size)[:args.max_tokens]
     if len(tokens) < max(args.context):
         raise ValueError(f"{len(tokens):,} tokens are too few for windows of {max(args.context):,}")
@@ -253,7 +255,7 @@ def run_perplexity(args: argparse.Namespace) -> list[dict]:
 
 
 def run_passkey(args: argparse.Namespace) -> list[dict]:
-    model, dtype = load(args)
+    model, dtype = load(args, max(args.length))
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(0), held_out=True)
     return [{"length": length, "trials": args.trials,
@@ -271,7 +273,11 @@ def main() -> None:
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         sub.add_argument("--model", default=TINY_LLAMA, help="folder of the Llama")
-        sub.add_argument("--adapter", help="folder of a LongLoRA adapter, as train.py writes it")
+        sub.add_argument("--adapter", help="folder of an adapter: train.py's, PEFT's, or released "
+                         "with the paper")
+        sub.add_argument("--extend", type=positive, metavar="TOKENS",
+                         help="interpolate positions to so many tokens (what the adapter says; a "
+                         "released one says nothing)")
         sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                          help="compute in; auto: bfloat16 where it is native")
         sub.add_argument("--json", type=Path, help="write the rows to this file too")

@@ -16,10 +16,12 @@ At inference the model is an ordinary Llama with full attention.
 Letters: B batch, T tokens, C width (hidden_size), H heads, D head size, G group size, V vocabulary.
 Weights and config fields have Hugging Face's names, so that files load without a table of names.
 """
+import argparse
 import dataclasses
-import json
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,17 +29,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data.formats import (read_adapter, read_config, read_json, read_model, replace_file,
+                          write_json, write_safetensors)
 
 # --------------------------------------------------------------------------------------------------
 # The model's shape
+
+
+# The numbers of each `rope_scaling` that the model knows.
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclasses.dataclass
 class LlamaConfig:
     """Hugging Face's `LlamaConfig`, as far as this model goes. The defaults are Llama-2-7B's.
 
-    `max_position_embeddings` is the window in tokens. `rope_scaling` is None or {"rope_type":
-    "linear", "factor": f}. Raises ValueError on sizes that do not fit.
+    `max_position_embeddings` is the window in tokens. `rope_scaling` is None, {"rope_type":
+    "linear", "factor": f}, or Llama 3's own ("llama3"). Raises ValueError on sizes that do not fit.
     """
 
     vocab_size: int = 32000
@@ -62,8 +75,10 @@ class LlamaConfig:
                  "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
         for name in sizes:
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 1 << 31:
-                raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+            most = 1000 if name == "num_hidden_layers" else 1 << 31
+            if type(value) is not int or not 1 <= value < most:
+                raise ValueError(f"config: {name} must be a positive integer below {most}, "
+                                 f"got {value!r}")
         H, H_kv = self.num_attention_heads, self.num_key_value_heads
         if H % H_kv:
             raise ValueError(f"config: num_attention_heads ({H}) must be a multiple of "
@@ -74,38 +89,53 @@ class LlamaConfig:
                                  f"num_attention_heads ({H}), or head_dim be given")
             self.head_dim = self.hidden_size // H
         D = self.head_dim
-        if type(D) is not int or not 2 <= D < 1 << 31 or D % 2:
+        if type(D) is not int or D < 2 or D % 2:
             raise ValueError(f"config: head_dim must be even (rotary pairs), got {self.head_dim!r}")
+        if max(H * D, self.hidden_size, self.intermediate_size) >= 1 << 24:
+            raise ValueError(f"config: hidden_size {self.hidden_size}, intermediate_size "
+                             f"{self.intermediate_size} or {H} heads of {D} are no model's")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not isinstance(value, (int, float)) or not 0 < value < 1e30:
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError("config: tie_word_embeddings must be true or false, "
                              f"got {self.tie_word_embeddings!r}")
-        self.interpolation_factor  # checks rope_scaling
+        if self.rope_scaling is not None:
+            self.rope_scaling = self.checked_scaling(self.rope_scaling)
+
+    @staticmethod
+    def checked_scaling(scaling: dict) -> dict:
+        """`rope_scaling` in its newer spelling (`rope_type`, not `type`). Raises ValueError."""
+        scaling = scaling if isinstance(scaling, dict) else {"rope_type": scaling}
+        kind = scaling.get("rope_type", scaling.get("type"))
+        names = ROPE_SCALINGS.get(kind, ()) if isinstance(kind, str) else ()
+        values = [scaling.get(name) for name in names]
+        if (not names or not all(isinstance(v, (int, float)) and 0 < v < 1e30 for v in values)
+                or values[0] < 1 or kind == "llama3" and values[1] >= values[2]):
+            raise ValueError('config: rope_scaling must be {"rope_type": "linear", "factor": at '
+                             f'least 1}}, Llama 3\'s ("llama3"), or null, got {scaling!r}')
+        return {"rope_type": kind, **dict(zip(names, values)), "factor": float(values[0])}
 
     @property
     def interpolation_factor(self) -> float:
         """How much positions are compressed: the linear factor of `rope_scaling`, 1 without it."""
-        if self.rope_scaling is None:
-            return 1.0
-        scaling = self.rope_scaling if isinstance(self.rope_scaling, dict) else {}
-        kind = scaling.get("rope_type", scaling.get("type"))
-        factor = scaling.get("factor")
-        if kind != "linear" or not isinstance(factor, (int, float)) or not 1 <= factor < math.inf:
-            raise ValueError('config: rope_scaling must be {"rope_type": "linear", "factor": '
-                             f"at least 1}} or null, got {self.rope_scaling!r}")
-        return float(factor)
+        linear = self.rope_scaling and self.rope_scaling["rope_type"] == "linear"
+        return self.rope_scaling["factor"] if linear else 1.0
 
     def extended(self, context: int) -> "LlamaConfig":
         """This config with a window of `context` tokens, by position interpolation (Section 3.1).
 
         The factor is ceil(context / window), times the factor that the model already has. No change
-        if it fits already.
+        if it fits already. Raises ValueError for Llama 3's own scaling: nobody could read a file
+        that has both.
         """
         if context <= self.max_position_embeddings:
             return self
+        if self.rope_scaling and self.rope_scaling["rope_type"] == "llama3":
+            raise ValueError(f"this model's positions are scaled already (llama3): it reads "
+                             f"{self.max_position_embeddings} tokens and cannot be interpolated "
+                             f"to {context}, because no config has words for both")
         factor = math.ceil(context / self.max_position_embeddings) * self.interpolation_factor
         scaling = {"rope_type": "linear", "factor": factor}
         return dataclasses.replace(self, max_position_embeddings=context, rope_scaling=scaling)
@@ -138,9 +168,15 @@ def rotary_tables(config: LlamaConfig, T: int,
     Interpolation happens here and nowhere else: positions are divided by the factor. float32
     always: in bf16 the positions 257 and 258 are the same number.
     """
-    D = config.head_dim
+    D, scaling = config.head_dim, config.rope_scaling
     even = torch.arange(0, D, 2, device=device, dtype=torch.float32)
     frequency = config.rope_theta ** (-even / D)
+    if scaling and scaling["rope_type"] == "llama3":
+        # Llama 3.1 divides slow pairs by the factor, leaves fast ones, and blends in between.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        fast = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (fast + (1 - fast) / scaling["factor"])
     position = torch.arange(T, device=device, dtype=torch.float32) / config.interpolation_factor
     angle = torch.outer(position, frequency)[:, None, :]
     return angle.cos(), angle.sin()
@@ -282,7 +318,9 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding's own random numbers would cost a second of imports on the meta device.
+        table = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
+        self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False
@@ -420,6 +458,16 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight) + self.lora_B(self.lora_A(x)) * self.scaling
 
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype) -> torch.Tensor:
+        """W + (alpha / r) B A (out, in), added in float32."""
+        return with_update(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, dtype)
+
+
+def with_update(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float,
+                dtype: torch.dtype) -> torch.Tensor:
+    return W.float().addmm(B.float(), A.float(), alpha=scaling).to(dtype)
+
 
 def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
              targets: Iterable[str] = ATTENTION_PROJECTIONS) -> None:
@@ -443,17 +491,15 @@ def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
             setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha))
 
 
-@torch.no_grad()
 def merge_lora(model: Llama) -> None:
-    """Fold every LoRA update into its weight, in place: W + (alpha / r) B A, added in float32."""
+    """Fold every LoRA update into its weight, in place."""
     for parent in list(model.modules()):
         for name, lora in list(parent.named_children()):
             if isinstance(lora, LoRALinear):
-                update = lora.scaling * (lora.lora_B.weight.float() @ lora.lora_A.weight.float())
                 out_features, in_features = lora.weight.shape
                 linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-                merged = (lora.weight.float() + update).to(lora.weight.dtype)
-                linear.weight = nn.Parameter(merged, requires_grad=lora.weight.requires_grad)
+                linear.weight = nn.Parameter(lora.merged(lora.weight.dtype),
+                                             requires_grad=lora.weight.requires_grad)
                 setattr(parent, name, linear)
 
 
@@ -484,8 +530,8 @@ def set_trainable(model: Llama, trainable: str) -> None:
         kind = ("lora" if "lora_" in name else "embed" if "embed_tokens" in name else
                 "norm" if "norm" in name else "rest")
         p.requires_grad_(kind in parts or parts == {"full"})
-        if p.requires_grad:
-            p.data = p.data.float()
+        if p.requires_grad:  # a copy always: loaded weights lie in their file
+            p.data = p.data.to(torch.float32, copy=True)
 
 
 def untie(model: Llama) -> None:
@@ -497,287 +543,319 @@ def untie(model: Llama) -> None:
 
 
 # ==================================================================================================
-# Files. Nothing below is needed to understand the method.
+# Files. Nothing below is needed to understand the method; what the files of others look like is
+# in data/formats.py.
 # ==================================================================================================
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
-HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def replace_file(path: Path, write) -> None:
-    """Call write(temporary name beside `path`), then rename: `path` is old or new, never half."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def load_config(path: str | Path, context: int | None = None) -> LlamaConfig:
+    """The config of a Hugging Face folder (config.json), or of Meta's (params.json).
 
-
-def write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises FileNotFoundError, ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, mapped: their bytes are read when they are used.
-
-    The form: 8 bytes with the header's length N (little endian), N bytes of JSON {name: {dtype,
-    shape, data_offsets}}, the data. Raises FileNotFoundError, and ValueError if the header does not
-    describe exactly this file.
+    A Mistral is a Llama up to its sliding window: it is taken if `context` tokens (None: the
+    model's window) fit in there. Raises FileNotFoundError, and ValueError for what is not a plain
+    Llama.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"{path}: not a safetensors file, or cut short (its header claims "
-                             f"{length} bytes of {size})")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=unique_names)
-            entries = []
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    start, stop = entry["data_offsets"]
-                    numbers = (start, stop, *entry["shape"])
-                    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-                        raise ValueError(f"{name}: shape and offsets must be whole numbers")
-                    entries.append((start, stop, name, DTYPES[entry["dtype"]], entry["shape"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}: broken safetensors header ({problem})") from None
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
-    tensors, end = {}, 0
-    for start, stop, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
-        if start != end or stop > len(data) or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name}: bytes {start} to {stop} do not fit shape {shape} "
-                             f"in a file of {size} bytes")
-        piece, end = data[start:stop], stop
-        if (piece.storage_offset() % dtype.itemsize) != 0:
-            piece = piece.clone()
-        tensors[name] = piece.view(dtype).view(shape)
-    if end != len(data):
-        raise ValueError(f"{path}: {len(data) - end} bytes behind the last tensor")
-    return tensors
-
-
-def unique_names(pairs: list) -> dict:
-    if len(names := dict(pairs)) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return names
-
-
-def write_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file: larger dtypes first, so that all are aligned, then by name.
-    Complete or absent."""
-    dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": dtypes[tensors[name].dtype], "shape": list(tensors[name].shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                tensor = tensors[name].detach().cpu().contiguous()
-                file.write(tensor.flatten().view(torch.uint8).numpy())
-
-    replace_file(path, write)
-
-
-def load_config(path: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face folder. Raises FileNotFoundError, and ValueError for what is not
-    a plain Llama."""
-    file = Path(path) / "config.json"
-    values = read_json(file)
-    if (kind := values.get("model_type")) != "llama":
-        raise ValueError(f'{file}: expected a Llama (model_type "llama"), got {kind!r}')
-    for name, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if values.get(name, plain) != plain:
-            raise ValueError(f"{file}: {name} {values[name]!r} is not supported, only {plain!r}")
-    if values.get("quantization_config"):
-        raise ValueError(f"{file}: quantised weights are not supported; "
-                         "take the folder of the original model")
-    if rope := values.get("rope_parameters"):  # the newest spelling: theta and scaling together
-        kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "no object"
-        values["rope_scaling"] = None if kind == "default" else rope
-        if kind in ("default", "linear") and "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+    values = read_config(Path(path))
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     try:
-        return LlamaConfig(**{name: value for name, value in values.items() if name in known})
+        config = LlamaConfig(**{name: value for name, value in values.items() if name in known})
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
+    context, reach = context or config.max_position_embeddings, values.get("sliding_window")
+    if reach is not None and not (type(reach) is int and reach >= context):
+        raise ValueError(f"{path}: sliding_window {reach} is shorter than a context of {context}: "
+                         "within it this model is a Llama, beyond it is not; ask for less")
+    window = min(config.max_position_embeddings, reach or 1 << 31)
+    return dataclasses.replace(config, max_position_embeddings=window)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
-               device: str | torch.device = "cpu") -> Llama:
-    """The Llama in a Hugging Face folder, in the file's dtype unless told, all frozen.
+               device: str | torch.device = "cpu", context: int | None = None) -> Llama:
+    """The Llama in a Hugging Face or Meta folder, in the file's dtype unless told, all frozen.
 
-    Raises FileNotFoundError, and ValueError for what is not a Llama, is broken, or does not fit its
-    config.
+    On the CPU in the file's dtype the weights stay where they are, mapped: they cost time and
+    memory when they are used. `context` as in `load_config`. Raises FileNotFoundError, and
+    ValueError for what is not a Llama, is broken, or does not fit its config.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such model folder")
-    config = load_config(path)
-    tensors = read_safetensors(path / "model.safetensors")
+    config = load_config(path, context)
     with torch.device("meta"):
         model = Llama(config)
     expected = dict(model.named_parameters())  # a tied head is no parameter of its own
-    tensors = {name: t for name, t in tensors.items()
-               if name in expected or "rotary_emb.inv_freq" not in name}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, the first: {missing[0]}")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{path}: {len(unknown)} weights are no Llama's, the first: {unknown[0]}")
-    for name, parameter in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+    loaded = {}
+    for name, tensor in read_model(path):
+        if name.endswith("rotary_emb.inv_freq") or name == HEAD and config.tie_word_embeddings:
+            continue
+        if name not in expected or name in loaded:
+            problem = "is there twice" if name in loaded else "is no weight of a Llama like this"
+            raise ValueError(f"{path}: {name} {problem}")
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} should be a float tensor of shape "
-                             f"{tuple(parameter.shape)} by config.json, got {tensor.dtype} of "
+                             f"{tuple(expected[name].shape)} by its config, got {tensor.dtype} of "
                              f"{tuple(tensor.shape)}")
-        tensors[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-    model.load_state_dict(tensors, assign=True, strict=False)
+        loaded[name] = tensor.to(device, dtype or tensor.dtype)
+    if missing := sorted(expected.keys() - loaded.keys()):
+        raise ValueError(f"{path}: {len(missing)} weights are missing, the first: {missing[0]}")
+    model.load_state_dict(loaded, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.name_or_path = str(path)
     return model.requires_grad_(False)
 
 
-def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors into the folder `path`. Raises ValueError if LoRA is
-    not merged."""
-    path = Path(path)
-    tensors = {name: p.to(dtype or p.dtype) for name, p in model.named_parameters()}
-    if any("lora_" in name for name in tensors):
-        raise ValueError("merge_lora(model) before save_model, or save_adapter(model, path)")
+SHARD_BYTES = 5_000_000_000
+
+
+def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None,
+               progress: bool = False) -> None:
+    """Write the model, LoRA merged, as a Hugging Face folder: config.json and model.safetensors, or
+    shards of at most 5 GB with their index. In its own dtypes unless told.
+
+    Merging happens tensor by tensor on the way to the file, and changes nothing in `model`.
+    """
+    path, modules, shards = Path(path), dict(model.named_modules()), [{}]
+    weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    for name, p in weights.items():
+        empty = torch.empty(p.shape, dtype=dtype or p.dtype, device="meta")
+        if sum(e.nbytes for e in shards[-1].values()) + empty.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+        shards[-1][name] = empty
+    total = sum(e.nbytes for shard in shards for e in shard.values())
+    bar = tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=not progress)
+
+    def merged(name: str) -> torch.Tensor:
+        module, kind = modules[name.removesuffix(".weight")], dtype or weights[name].dtype
+        tensor = module.merged(kind) if isinstance(module, LoRALinear) else weights[name].to(kind)
+        bar.update(tensor.nbytes)
+        return tensor
+
     path.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, path / "model.safetensors")
-    stored = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    files, n = {}, len(shards)
+    with bar:
+        for i, shard in enumerate(shards, 1):
+            file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
+            write_safetensors(shard, path / file, merged)
+            files |= dict.fromkeys(shard, file)
+    if n > 1:
+        write_json(path / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": files})
+    stored = str(dtype or weights["model.norm.weight"].dtype).removeprefix("torch.")
     write_json(path / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         **dataclasses.asdict(model.config), "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "torch_dtype": stored})
+    for old in path.glob("model*.safetensors*"):  # of an earlier save in another number of shards
+        if old.name not in files.values() and (n == 1 or not old.name.endswith("index.json")):
+            old.unlink()
 
 
-# What `modules_to_save` of PEFT calls the modules that LoRA+ trains beside LoRA.
-SAVED_MODULES = {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
-PREFIX = "base_model.model."
+# Beside the weights: the tokenizer, and how to generate.
+COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+              "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+def copy_companions(source: str | Path, out: Path) -> None:
+    for file in (Path(source) / name for name in COMPANIONS):
+        if file.is_file():
+            replace_file(out / file.name, lambda partial: shutil.copyfile(file, partial))
+
+
+def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
+          dtype: torch.dtype | None = None, context: int | None = None) -> None:
+    """Write the Hugging Face folder `out`: `base` with `adapter` merged, extended to `context` if
+    that is given. In the base's dtypes unless told. Complete or absent.
+
+    Raises ValueError if `out` exists, and as `load_model` and `load_adapter` do.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists: name a folder that does not")
+    model = load_model(base, context=context)
+    kept = {name: p.dtype for name, p in model.named_parameters()}
+    if adapter is not None:
+        load_adapter(model, adapter, context)
+    elif context:
+        model.extend(context)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(kept.get(name, p.dtype))
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        save_model(model, partial, dtype, progress=True)
+        for source in filter(None, (base, adapter)):  # what an adapter brings was trained with it
+            copy_companions(source, partial)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# What may train beside LoRA: PEFT's `modules_to_save`.
+SAVED_MODULES = {"embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"}
 
 
 def save_adapter(model: Llama, path: str | Path) -> None:
-    """Write what trains as a PEFT adapter: adapter_config.json, adapter_model.safetensors, and
-    longlora.json.
+    """Write LoRA and what else trains as a PEFT adapter: adapter_config.json,
+    adapter_model.safetensors, and longlora.json.
 
     The last holds what PEFT has no field for: {"context": tokens, "factor": interpolation factor}.
+    Raises ValueError if the model has no LoRA, or more trains than an adapter holds.
     """
     path = Path(path)
     trained = {name: p for name, p in model.named_parameters()
                if p.requires_grad or "lora_" in name}
-    loras = {name.split(".")[-1]: module for name, module in model.named_modules()
-             if isinstance(module, LoRALinear)}
+    loras = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     others = {name.split(".")[-2] for name in trained if "lora_" not in name}
     if not loras or not others <= SAVED_MODULES:
         raise ValueError("an adapter holds LoRA, embedding and norms; this model trains otherwise: "
                          "save_model(model, path)")
-    lora = next(iter(loras.values()))
-    rank = lora.lora_A.weight.shape[0]
+    ranks = {name: len(lora.lora_A.weight) for name, lora in loras.items()}
+    alphas = {name: loras[name].scaling * rank for name, rank in ranks.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    leaves = {name.split(".")[-1] for name in loras}
+    everywhere = all(name in loras for name, _ in model.named_modules()
+                     if name.split(".")[-1] in leaves)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: p for name, p in trained.items()}
+    tensors = {f"base_model.model.{name}": p for name, p in trained.items()}
     write_safetensors(tensors, path / "adapter_model.safetensors")
     write_json(path / "longlora.json", {"context": model.config.max_position_embeddings,
                                         "factor": model.config.interpolation_factor})
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
-        "lora_alpha": lora.scaling * rank, "lora_dropout": 0.0, "bias": "none",
-        "inference_mode": True, "target_modules": sorted(loras),
+        "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": sorted(leaves if everywhere else loras),
         "modules_to_save": sorted(others) or None})
 
 
-def load_adapter(model: Llama, path: str | Path) -> None:
-    """Put a PEFT adapter onto `model`, in place: its LoRA, embedding and norms, and the context of
-    longlora.json.
+def load_adapter(model: Llama, path: str | Path, context: int | None = None) -> None:
+    """Put a PEFT adapter, or one released with the paper, onto `model`, in place.
 
-    What it holds becomes float32: call a bf16 model under autocast, or convert the whole with
-    `model.to(dtype)`. Raises FileNotFoundError, and ValueError for what it cannot honour or does
-    not fit the model; then the model is as it was.
+    What it holds becomes float32 and trainable: call a bf16 model under autocast, or convert the
+    whole with `model.to(dtype)`. LoRA of the embedding or the head is merged into it. If the
+    adapter has more rows of the vocabulary than the model, in one of the two, the other's new rows
+    are the mean of its old ones. The window becomes that of longlora.json, then (or without one: a
+    released adapter does not tell) is extended to `context` tokens. Raises FileNotFoundError, and
+    ValueError for what it cannot honour or does not fit the model; then the model is as it was.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such adapter folder")
-    file = path / "adapter_config.json"
-    config = read_json(file)
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False),
-                        ("use_rslora", False), ("fan_in_fan_out", False), ("rank_pattern", {}),
-                        ("alpha_pattern", {})):
-        if (config.get(name) or plain) != plain:
-            raise ValueError(f"{file}: {name} {config[name]!r} is not supported, only {plain!r}")
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    numbers = type(rank) is int and isinstance(alpha, (int, float))
-    if not (numbers and isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        raise ValueError(f"{file}: expected r, lora_alpha and a list of target_modules, "
-                         f"got {rank!r}, {alpha!r}, {targets!r}")
-    tensors = read_safetensors(path / "adapter_model.safetensors")
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, (rows, *columns) in list(shapes.items()):
-        layer = name.removesuffix(".weight")
-        if layer.split(".")[-1] in targets:
-            shapes[f"{layer}.lora_A.weight"] = (rank, *columns)
-            shapes[f"{layer}.lora_B.weight"] = (rows, rank)
-    if missing := sorted({name for name in shapes if "lora_" in name} - tensors.keys()):
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(module, (nn.Linear, nn.Embedding))}
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has LoRA already: merge_lora(model) first")
+    tensors, loras, extra = read_adapter(path, layers)
+    extended = adapter_window(path, model.config, context)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    rows = max((tensors[name].shape[:1].numel() for name in (EMBED, HEAD) if name in tensors),
+               default=0)
+    if rows > model.config.vocab_size:
+        shapes[EMBED][0] = shapes[HEAD][0] = rows
+
+    updates = {}
+    for layer, (rank, scaling) in loras.items():
+        out_features, in_features = shapes[f"{layer}.weight"]
+        if isinstance(layers[layer], nn.Embedding):  # its update is the transpose of a linear one
+            A, B = f"{layer}.lora_embedding_A", f"{layer}.lora_embedding_B"
+            shapes |= {A: [rank, out_features], B: [in_features, rank]}
+        else:
+            A, B = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            shapes |= {A: [rank, in_features], B: [out_features, rank]}
+        updates[layer] = A, B, scaling
+    needed = {name for A, B, _ in updates.values() for name in (A, B)}
+    if missing := sorted(needed - tensors.keys()):
         raise ValueError(f"{path}: {len(missing)} weights are missing, the first: {missing[0]}")
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            raise ValueError(f"{path}: {name} is no weight of this model")
-        if shapes[name] != tensor.shape or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's is "
-                             f"{shapes[name]}")
-    extended = model.config
-    if (trained := path / "longlora.json").exists():
-        values = read_json(trained)
-        context, factor = values.get("context"), values.get("factor")
-        if type(context) is not int or not 0 < context < 1 << 40:
-            raise ValueError(f"{trained}: expected a context in tokens, got {context!r}")
-        extended = model.config.extended(context)
-        if extended.interpolation_factor != factor:
-            raise ValueError(f"{trained}: trained with positions interpolated by {factor}, but "
-                             f"{context} tokens of this model take "
-                             f"{extended.interpolation_factor:g}: it belongs to another base")
-    try:
-        add_lora(model, rank, alpha, targets)  # all checked: from here on the model changes
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    if ignored := sorted(extra - shapes.keys()):
+        warnings.warn(f"{path}: trainable_params.bin has {len(ignored)} weights that are not this "
+                      f"model's and are left out, the first: {ignored[0]}", stacklevel=2)
+    for name in tensors.keys() - set(ignored):
+        tensor, shape = tensors[name], shapes.get(name)
+        if shape is None:
+            raise ValueError(f"{path}: {name} is no weight of this model and adapter_config.json")
+        if list(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                             f"the model's has {shape}")
+
+    # All is checked: from here on the model changes.
     model.config = model.model.config = extended
-    if "model.embed_tokens.weight" in tensors:
+    if {EMBED, HEAD} & tensors.keys() or {"model.embed_tokens", "lm_head"} & updates.keys():
         untie(model)
+    if rows > model.config.vocab_size:
+        add_rows(model, rows)
+    for layer, (A, B, scaling) in updates.items():
+        A, B = (tensors.pop(name).to(layers[layer].weight.device, torch.float32) for name in (A, B))
+        if layer.startswith("model.layers."):
+            lora = LoRALinear(layers[layer], len(A), scaling * len(A))
+            lora.lora_A.weight.data, lora.lora_B.weight.data = A.clone(), B.clone()
+            parent, _, leaf = layer.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, lora)
+            continue
+        if isinstance(layers[layer], nn.Embedding):
+            A, B = B.T, A.T
+        W = tensors.get(f"{layer}.weight", layers[layer].weight).to(A.device)
+        tensors[f"{layer}.weight"] = with_update(W, A, B, scaling, torch.float32)
     for name, p in model.named_parameters():
         if name in tensors:
             p.data = tensors[name].to(p.device, torch.float32, copy=True)
-    model.requires_grad_(False)
+        p.requires_grad_(name in tensors or "lora_" in name)
+
+
+def adapter_window(path: Path, config: LlamaConfig, context: int | None) -> LlamaConfig:
+    """`config` with the window of the adapter's longlora.json, extended to `context` if given."""
+    file = path / "longlora.json"
+    if file.exists():
+        values = read_json(file)
+        trained, factor = values.get("context"), values.get("factor")
+        if type(trained) is not int or not 0 < trained < 1 << 31:
+            raise ValueError(f"{file}: expected a context in tokens, got {trained!r}")
+        config = config.extended(trained)
+        if config.interpolation_factor != factor:
+            raise ValueError(f"{file}: trained with positions interpolated by {factor}, but "
+                             f"{trained} tokens of this model take "
+                             f"{config.interpolation_factor:g}: it belongs to another base")
+    elif context is None and (path / "trainable_params.bin").exists():
+        warnings.warn(f"{path} does not say for what context it was trained: say it, or positions "
+                      "stay as the base has them", stacklevel=3)
+    return config.extended(context) if context else config
+
+
+def add_rows(model: Llama, rows: int) -> None:
+    """Let embedding and head have `rows` rows, the new ones the mean of the old."""
+    for module in (model.model.embed_tokens, model.lm_head):
+        W = module.weight.detach()
+        mean = W.mean(0, keepdim=True, dtype=torch.float32).to(W.dtype)
+        module.weight = nn.Parameter(torch.cat([W, mean.expand(rows - len(W), -1)]))
+    config = dataclasses.replace(model.config, vocab_size=rows)
+    model.config = model.model.config = config
+
+
+# ==================================================================================================
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a Llama, with an adapter merged or without "
+                                     "one, as a Hugging Face folder.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sub = commands.add_parser("merge", help="merge an adapter into its base")
+    sub.add_argument("--model", required=True, help="folder of the base, Hugging Face's or Meta's")
+    sub.add_argument("--adapter", help="folder of the adapter (none: the base is written anew)")
+    sub.add_argument("--out", required=True, help="folder to make")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                     help="of what is written (as the base has it)")
+    sub.add_argument("--extend", type=int, metavar="TOKENS", help="interpolate positions to so "
+                     "many tokens (what the adapter says; a released one says nothing)")
+    args = parser.parse_args()
+    if args.extend is not None and args.extend < 1:
+        raise ValueError(f"--extend must be at least 1, got {args.extend}")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    merge(args.model, args.adapter, args.out, dtype, args.extend)
+    print(f"Written to {args.out}. Next:\n  python eval.py perplexity --model {args.out}")
+
+
+if __name__ == "__main__":
+    from data.prepare import one_line_errors
+    with one_line_errors():
+        main()

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -176,8 +175,8 @@ def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tens
 # Saving and resuming
 
 FILES = ("log.jsonl", "results.json", "state.pt", "adapter_config.json",
-         "adapter_model.safetensors", "longlora.json", "config.json", "model.safetensors",
-         "tokenizer.model")
+         "adapter_model.safetensors", "longlora.json", "config.json", "model*.safetensors*",
+         *longlora.COMPANIONS)
 
 
 def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int,
@@ -187,9 +186,7 @@ def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step
     out = Path(run.out)
     if run.trainable == "full":
         longlora.save_model(model, out, dtype)
-        if (tokenizer := Path(run.model) / "tokenizer.model").exists():
-            longlora.replace_file(out / "tokenizer.model",
-                                  lambda partial: shutil.copyfile(tokenizer, partial))
+        longlora.copy_companions(run.model, out)
     else:
         longlora.save_adapter(model, out)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -261,7 +258,7 @@ def check_out(run: Run) -> None:
         if not (run.resume or run.overwrite):
             raise ValueError(f"{out} holds a run already: --resume continues it, "
                              "--overwrite replaces it")
-    elif held := [name for name in FILES if (out / name).exists()]:
+    elif held := [path.name for name in FILES for path in out.glob(name)]:
         raise ValueError(f"{out} holds {held[0]} and is no folder of a run: choose another --out")
 
 
@@ -305,11 +302,11 @@ def main(run: Run) -> None:
 
     torch.manual_seed(run.seed)
     if run.init == "random":
-        model = longlora.Llama(longlora.load_config(run.model)).to(device)
+        model = longlora.Llama(longlora.load_config(run.model, run.context)).to(device)
         model.reset_parameters()
         stored = torch.bfloat16
     else:
-        model = longlora.load_model(run.model, device=device)
+        model = longlora.load_model(run.model, device=device, context=run.context)
         stored = model.lm_head.weight.dtype
     resolve(run, model)
     pattern = attention_pattern(run.attention, run.group_size)
@@ -363,8 +360,8 @@ def main(run: Run) -> None:
         lr=run.lr, betas=(0.9, 0.95), fused=True)
 
     if state is None:
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
+        for path in [path for name in FILES for path in out.glob(name)]:
+            path.unlink()
     first = restore(run, state, model, optimizer) if state else 0
     size, some = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained))
     groups = f" in groups of {run.group_size:,}" if pattern else ""

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -135,20 +136,62 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
 # Tokens
 
 
-def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model; `path` is the file, or a model folder with a `tokenizer.model`.
-    Raises FileNotFoundError, ValueError."""
+class Tokenizer:
+    """A SentencePiece model and the tokens that its folder adds to it, {text: id}. What stands
+    between added tokens is encoded as a text of its own."""
+
+    def __init__(self, proto: bytes, added: dict[str, int]):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.added, self.texts = added, {id: text for text, id in added.items()}
+        self.bos_id, self.eos_id = self.pieces.bos_id, self.pieces.eos_id
+        self.key = short_hash(proto + repr(sorted(added.items())).encode() * bool(added))
+        longest_first = sorted(added, key=len, reverse=True)
+        self.split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
+
+    def vocab_size(self) -> int:
+        return max(self.pieces.vocab_size(), *(id + 1 for id in self.texts), 0)
+
+    def encode(self, text: str) -> list[int]:
+        if not self.added:
+            return self.pieces.encode(text)
+        parts = enumerate(self.split(text))  # every second one is an added token
+        ids = [[self.added[part]] if i % 2 else self.pieces.encode(part) for i, part in parts]
+        return sum(ids, [])
+
+    def decode(self, ids: list[int]) -> str:
+        text, run = "", []
+        for id in [*map(int, ids), None]:
+            if id is not None and id not in self.texts:
+                run.append(id)
+                continue
+            text += self.pieces.decode(run) + self.texts.get(id, "")
+            run = []
+        return text
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A SentencePiece model, with the added tokens beside it; `path` is the file, or a model folder
+    with a `tokenizer.model`. Raises FileNotFoundError, ValueError."""
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no SentencePiece tokenizer here; "
-                                "give a token file (.bin) as the data")
-    tokenizer = sentencepiece.SentencePieceProcessor()
+                                "--data must be a token file (.bin)")
+    added, beside = {}, path.parent / "added_tokens.json"
+    if beside.is_file():
+        try:
+            added = json.loads(beside.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{beside}: not JSON ({error})") from None
+        if not isinstance(added, dict) or not all(
+                text and type(id) is int and 0 <= id < 1 << 31 for text, id in added.items()):
+            raise ValueError(f"{beside}: expected an object of texts and their token ids")
     try:
-        tokenizer.LoadFromSerializedProto(path.read_bytes())
+        tokenizer = Tokenizer(path.read_bytes(), added)
     except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model") from None
+        raise ValueError(f"{path}: not a SentencePiece model; "
+                         "--data must be a token file (.bin)") from None
     if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
         raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
     return tokenizer
@@ -158,8 +201,7 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def write_tokens(files: list[Path], tokenizer: sentencepiece.SentencePieceProcessor,
-                 out: Path) -> int:
+def write_tokens(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
     """Encode `files` into the token file `out`, a piece at a time; returns the number of tokens.
     Complete or absent."""
     dtype, count = token_dtype(tokenizer.vocab_size()), 0
@@ -185,7 +227,7 @@ def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) 
     """The token file of one split of the standard library, made at the first call and kept in
     data/tokens."""
     tokenizer = load_tokenizer(tokenizer_path)
-    key = f"stdlib-{platform.python_version()}-{short_hash(tokenizer.serialized_model_proto())}"
+    key = f"stdlib-{platform.python_version()}-{tokenizer.key}"
     out = CACHE / key / f"{split}{'+tests' if tests else ''}.bin"
     if not out.exists():
         write_tokens(library_files(split, tests), tokenizer, out)
@@ -197,8 +239,7 @@ def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
     data/tokens."""
     files, tokenizer = text_files([path]), load_tokenizer(tokenizer_path)
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = short_hash(repr(state).encode() + tokenizer.serialized_model_proto())
-    out = CACHE / f"{Path(path).stem}-{key}.bin"
+    out = CACHE / f"{Path(path).stem}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
     if not out.exists():
         write_tokens(files, tokenizer, out)
     return out
