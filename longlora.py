@@ -607,7 +607,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
     return model.requires_grad_(False)
 
 
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 4_900_000_000  # of tensors, so that a file with its header stays below 5 GB
 
 
 def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None,
@@ -625,7 +625,7 @@ def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None,
             shards.append({})
         shards[-1][name] = empty
     total = sum(e.nbytes for shard in shards for e in shard.values())
-    bar = tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(total=total, desc="saving", unit="B", unit_scale=True, disable=not progress)
 
     def merged(name: str) -> torch.Tensor:
         module, kind = modules[name.removesuffix(".weight")], dtype or weights[name].dtype
@@ -680,8 +680,9 @@ def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
         load_adapter(model, adapter, context)
     elif context:
         model.extend(context)
-    for name, p in model.named_parameters():
-        p.data = p.data.to(kept.get(name, p.dtype))
+    if dtype is None:
+        for name, p in model.named_parameters():
+            p.data = p.data.to(kept.get(name, p.dtype))
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         save_model(model, partial, dtype, progress=True)

@@ -436,6 +436,478 @@ def test_files_that_do_not_fit_are_refused(file, name, value, tmp_path):
         longlora.load_adapter(longlora.load_model(base), adapter)
 
 
+# Other people's files: data/formats.py, merge -----------------------------------------------------
+
+
+HF = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+      "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+# What differs from the Llama above, in transformers' config and then in the file that it writes.
+KINDS = {
+    "Llama 1 and 2": ({"num_key_value_heads": 4}, {}),
+    "grouped heads, theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
+    "tied": ({"tie_word_embeddings": True}, {}), "head_dim": ({"head_dim": 12}, {}),
+    "linear": ({"rope_parameters": {**LINEAR, "rope_theta": 500.0}}, {}),
+    "linear, old": ({"rope_parameters": {**LINEAR, "rope_theta": 500.0}},
+                    {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "llama3": ({"rope_parameters": {**LLAMA3, "rope_theta": 50.0}}, {}),
+    "llama3, old, both names": ({"rope_parameters": {**LLAMA3, "rope_theta": 50.0}},
+                                {"rope_theta": 50.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}),
+    "Mistral": ({"model_type": "mistral", "sliding_window": 16}, {}),
+    "Mistral, all sees all": ({"model_type": "mistral", "sliding_window": None}, {}),
+}
+FORMS = ["safetensors", "safetensors in shards", "bin", "bin in shards", "bin before 2020"]
+
+
+def write_weights(weights, folder, form):
+    """In one file or in three, by hand: without transformers, whose newest writes no .bin."""
+    name = "model.safetensors" if "safetensors" in form else "pytorch_model.bin"
+    names, stem = sorted(weights), name.split(".")
+    shards = [names[i::3] for i in range(3)] if "shards" in form else [names]
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem[0]}-{i:05}-of-00003.{stem[1]}" if "shards" in form else name
+        part = {n: weights[n].clone() for n in shard}
+        if "safetensors" in form:
+            formats.write_safetensors(part, folder / file)
+        else:
+            torch.save(part, folder / file, _use_new_zipfile_serialization="2020" not in form)
+        if "shards" in form:
+            index = folder / f"{name}.index.json"
+            mapped = formats.read_json(index)["weight_map"] if i > 1 else {}
+            formats.write_json(index, {"weight_map": {**mapped, **dict.fromkeys(shard, file)}})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_read_in_any_form(form, tmp_path):
+    model = tiny().bfloat16()
+    longlora.save_model(model, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    extra = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # as old files have it
+    write_weights({**model.state_dict(), **extra}, tmp_path, form)
+    torch.testing.assert_close(longlora.load_model(tmp_path).state_dict(), model.state_dict())
+    loaded = longlora.load_model(tmp_path, torch.float32)
+    torch.testing.assert_close(loaded.state_dict(), model.float().state_dict(), rtol=0, atol=0)
+    for lost in tmp_path.glob("*model*00002*"):
+        lost.unlink()
+        with pytest.raises(FileNotFoundError, match="00002"):
+            longlora.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(kind, tmp_path):
+    """Beyond the original window too, there and back, in every form of file."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    changes, in_file = KINDS[kind]
+    sizes = {**HF, **changes}
+    config = transformers.AutoConfig.for_model(sizes.pop("model_type", "llama"), **sizes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    for p in theirs.parameters():
+        p.data += torch.randn(p.shape) / 5
+    theirs.save_pretrained(tmp_path / "a")
+    if in_file:
+        written = formats.read_json(tmp_path / "a" / "config.json")
+        del written["rope_parameters"]
+        formats.write_json(tmp_path / "a" / "config.json", {**written, **in_file})
+    tokens = TOKENS[:, :changes.get("sliding_window")]
+    model, logits = longlora.load_model(tmp_path / "a"), theirs(tokens).logits
+    torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
+    longlora.save_model(model, tmp_path / "b")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="float32")
+    torch.testing.assert_close(back(tokens).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def meta_folder(model, folder, shards, by_rows, params=()):
+    """`model` as Meta would have written it: pairs of q and k as neighbours, split over GPUs."""
+    c, state = model.config, model.state_dict()
+    names = {"tok_embeddings": "model.embed_tokens", "output": "lm_head", "norm": "model.norm"}
+    for i in range(c.num_hidden_layers):
+        parts = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+                 "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+                 "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+                 "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+                 "ffn_norm": "post_attention_layernorm"}
+        names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{his}" for ours, his in parts.items()}
+    folder.mkdir()
+    for n in range(shards):
+        shard = {"rope.freqs": torch.ones(c.head_dim // 2)}
+        for ours, his in names.items():
+            w = state[f"{his}.weight"]
+            if ours.endswith(("wq", "wk")):
+                D, rows = c.head_dim, torch.arange(len(w))
+                w = w[rows // D * D + rows % D // 2 + rows % 2 * (D // 2)]
+            columns = ours.endswith(("wo", "w2")) or ours == "tok_embeddings" and not by_rows
+            if w.dim() == 2:
+                w = w.chunk(shards, dim=int(columns))[n]
+            shard[f"{ours}.weight"] = w.clone()
+        torch.save(shard, folder / f"consolidated.{n:02}.pth")
+    formats.write_json(folder / "params.json", {
+        "dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads,
+        "n_kv_heads": c.num_key_value_heads, "norm_eps": c.rms_norm_eps, "multiple_of": 256,
+        "vocab_size": -1, **dict(params)})
+
+
+@pytest.mark.parametrize("shards, by_rows", [(1, True), (2, False), (2, True), (4, False)])
+def test_metas_folders_are_their_hugging_face_twins(shards, by_rows, tmp_path):
+    model = tiny(num_key_value_heads=4)
+    meta_folder(model, tmp_path / "meta", shards, by_rows)
+    loaded = longlora.load_model(tmp_path / "meta")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert loaded.config.max_position_embeddings == 4096 and loaded.config.rope_theta == 10000
+    torch.testing.assert_close(loaded(TOKENS), model(TOKENS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("params, window, factor", [
+    ({"norm_eps": 1e-6}, 2048, None), ({"rope_theta": 1e6}, 16384, None),
+    ({"rope_theta": 5e5}, 8192, None), ({"rope_theta": 5e5, "use_scaled_rope": True}, 131072, 8.0)])
+def test_metas_windows(params, window, factor, tmp_path):
+    meta_folder(tiny(), tmp_path / "meta", 1, True, params)
+    config = longlora.load_config(tmp_path / "meta")
+    assert config.max_position_embeddings == window
+    assert (config.rope_scaling or {}).get("factor") == factor
+
+
+@pytest.mark.parametrize("context, says", [
+    (None, "sliding_window 12"), (13, "sliding_window 12"), (12, None), (5, None)])
+def test_a_mistral_is_a_llama_up_to_its_sliding_window(context, says, tmp_path):
+    longlora.save_model(tiny(), tmp_path)
+    config = formats.read_json(tmp_path / "config.json")
+    formats.write_json(tmp_path / "config.json",
+                       {**config, "model_type": "mistral", "sliding_window": 12})
+    if says:
+        with pytest.raises(ValueError, match=says):
+            longlora.load_model(tmp_path, context=context)
+    else:
+        assert longlora.load_model(tmp_path, context=context).config.max_position_embeddings == 12
+
+
+def test_llama3_scaling_takes_no_interpolation_on_top():
+    model = tiny(rope_scaling={**LLAMA3, "type": "linear"})
+    with pytest.raises(ValueError, match="llama3"):
+        model.extend(17)
+    model.extend(16)
+
+
+def test_extending_twice_is_extending_once_by_the_product(tmp_path):
+    """16 -> 48 -> 96 tokens, merged in between, reads as 16 -> 96."""
+    longlora.save_model(tiny(), tmp_path / "a")
+    longlora.merge(tmp_path / "a", None, tmp_path / "b", context=48)
+    longlora.merge(tmp_path / "b", None, tmp_path / "c", context=96)
+    once, twice = longlora.load_model(tmp_path / "a"), longlora.load_model(tmp_path / "c")
+    once.extend(96)
+    assert once.config == twice.config and once.config.interpolation_factor == 6
+    assert torch.equal(once(TOKENS), twice(TOKENS))
+
+
+@pytest.mark.parametrize("most", [longlora.SHARD_BYTES, 20_000])
+def test_saving_what_was_loaded_gives_the_same_bytes(most, tmp_path, monkeypatch):
+    """Models, in one file or in shards, and adapters; nothing of an earlier save stays behind."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    monkeypatch.setattr(longlora, "SHARD_BYTES", 8_000)
+    longlora.save_model(tiny(), b)
+    monkeypatch.setattr(longlora, "SHARD_BYTES", most)
+    longlora.save_model(tiny(), a)
+    longlora.save_adapter(lora_model(), a)
+    longlora.save_model(longlora.load_model(a), b)
+    tuned = longlora.load_model(a)
+    longlora.load_adapter(tuned, a)
+    longlora.save_adapter(tuned, b)
+    assert sorted(os.listdir(a)) == sorted(os.listdir(b))
+    files = [path for path in a.iterdir() if path.name != "adapter_config.json"]  # names its base
+    assert all(path.read_bytes() == (b / path.name).read_bytes() for path in files)
+    sizes = [path.stat().st_size for path in a.glob("model*.safetensors")]
+    assert len(sizes) == 1 if most > 20_000 else len(sizes) > 3 and max(sizes) < 22_000
+
+
+PEFTS = {
+    "all linear": {"target_modules": "all-linear", "lora_alpha": 5},
+    "embedding and head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "patterns": {"target_modules": ["q_proj", "k_proj", "up_proj"], "r": 4, "use_rslora": True,
+                 "rank_pattern": {r"model.layers.0.*k_proj": 2, "up_proj": 3},
+                 "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 7}},
+    "some layers": {"target_modules": r".*layers\.1\.mlp\.(up|down)_proj"},
+    "not all": {"target_modules": ["v_proj", "o_proj"],
+                "exclude_modules": ["model.layers.0.self_attn.o_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", PEFTS)
+def test_adapters_made_by_peft_give_the_same_logits(name, tied, tmp_path):
+    """Read here; written again by us, and read again by PEFT."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    longlora.save_model(tiny(tie_word_embeddings=tied), tmp_path / "base")
+
+    def base():
+        path = tmp_path / "base"
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**PEFTS[name]))
+    for p in theirs.parameters():
+        p.data += p.requires_grad * torch.randn(p.shape) / 5
+    theirs.save_pretrained(tmp_path / "adapter")
+    logits, model = theirs(TOKENS).logits, longlora.load_model(tmp_path / "base")
+    longlora.load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(TOKENS), logits, rtol=1e-4, atol=1e-4)
+    longlora.save_adapter(model, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours")
+    torch.testing.assert_close(back(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
+    longlora.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")
+    torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def released_adapter(folder, prefixes=("base_model.model.", ""), both=False):
+    """Like those released with the paper: 65 rows for a model of 64. Returns the merged weights."""
+    generator = torch.Generator().manual_seed(1)
+
+    def like(*shape):
+        return torch.randn(shape, generator=generator) / 5
+
+    weights, lora, full = tiny().state_dict(), {}, {}
+    head = weights["lm_head.weight"]
+    weights["lm_head.weight"] = torch.cat([head, head.mean(0, keepdim=True)])
+    for name, w in list(weights.items()):
+        if re.search(r"[qkvo]_proj", name):
+            layer = name.removesuffix(".weight")
+            A, B = like(8, w.shape[1]), like(w.shape[0], 8)
+            lora |= {f"{prefixes[0]}{layer}.lora_A.weight": A,
+                     f"{prefixes[0]}{layer}.lora_B.weight": B}
+            weights[name] = w + 16 / 8 * B @ A
+        elif "norm" in name or "embed" in name:
+            full[prefixes[1] + name] = weights[name] = like(65 if w.dim() > 1 else 32, *w.shape[1:])
+    folder.mkdir()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+             "model.extra.weight": torch.ones(4)} if both else {}
+    torch.save({**lora, **(full if both else {})}, folder / "adapter_model.bin")
+    torch.save({**full, **(lora if both else {}), **extra}, folder / "trainable_params.bin")
+    formats.write_json(folder / "adapter_config.json", {
+        "base_model_name_or_path": "/a/strangers/path", "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True, "lora_alpha": 16, "lora_dropout": 0.0,
+        "modules_to_save": None, "peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})
+    return weights
+
+
+@pytest.mark.filterwarnings("ignore:.* are left out")
+@pytest.mark.parametrize("prefixes, both", [
+    (("base_model.model.", ""), False), (("", ""), False), (("", "base_model.model."), True)])
+def test_released_adapters_load_and_merge(prefixes, both, tmp_path):
+    """Rows that only the embedding brought are the mean of the others in the head."""
+    longlora.save_model(tiny(), tmp_path / "base")
+    expected = released_adapter(tmp_path / "adapter", prefixes, both)
+    model = longlora.load_model(tmp_path / "base")
+    with pytest.warns(UserWarning) as warned:  # of the context, and of what is left out
+        longlora.load_adapter(model, tmp_path / "adapter")
+    assert len(warned) == 1 + both and model.config.interpolation_factor == 1
+    longlora.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", context=40)
+    merged = longlora.load_model(tmp_path / "merged")
+    torch.testing.assert_close(merged.state_dict(), expected)
+    assert merged.config == tiny(vocab_size=65).config.extended(40)
+    model.extend(40)
+    tokens = TOKENS + (TOKENS == 5) * 59  # the new row is read too
+    assert (tokens == 64).any()
+    torch.testing.assert_close(model(tokens), merged(tokens), rtol=1e-4, atol=1e-4)
+    if "transformers" in sys.modules:
+        theirs = sys.modules["transformers"].AutoModelForCausalLM.from_pretrained(
+            tmp_path / "merged", dtype="float32")
+        torch.testing.assert_close(theirs(tokens).logits, merged(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("most, files", [(5_000_000, 1), (20_000, 2)])
+def test_merge_writes_a_whole_folder_or_none(most, files, dtype, tmp_path, monkeypatch):
+    """The base's dtype or another, its tokenizer and the adapter's; what exists is not touched."""
+    monkeypatch.setattr(longlora, "SHARD_BYTES", most)
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    longlora.save_model(tiny(tie_word_embeddings=True).bfloat16(), base)
+    tuned = lora_model(tie_word_embeddings=True)
+    tuned.extend(64)
+    longlora.save_adapter(tuned, adapter)
+    for name, text in (("base/tokenizer.model", "a"), ("base/generation_config.json", "b"),
+                       ("base/notes.txt", "c"), ("adapter/tokenizer.model", "d")):
+        (tmp_path / name).write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(longlora, "copy_companions", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            longlora.merge(base, adapter, out, dtype)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+    longlora.merge(base, adapter, out, dtype)
+    written = sorted(os.listdir(out))
+    assert len([name for name in written if name.endswith(".safetensors")]) == files
+    assert written[0] == "config.json" and written[-1] == "tokenizer.model"
+    assert (out / "tokenizer.model").read_text() == "d" and "notes.txt" not in written
+    config = formats.read_json(out / "config.json")
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert config["max_position_embeddings"] == 64 and config["tie_word_embeddings"] is False
+    merged, expected = longlora.load_model(out), longlora.load_model(base).float()
+    assert {p.dtype for p in merged.parameters()} == {dtype or torch.bfloat16}
+    longlora.load_adapter(expected, adapter)
+    longlora.merge_lora(expected)
+    expected = {name: w.to(dtype or torch.bfloat16) for name, w in expected.state_dict().items()}
+    torch.testing.assert_close(merged.state_dict(), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="exists"):
+        longlora.merge(base, None, out)
+    assert sorted(os.listdir(out)) == written and sorted(os.listdir(tmp_path))[-1] == "out"
+
+
+MEMORY = """
+import re, sys, threading, torch, longlora
+def held(kind):
+    return int(re.search(kind + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def watch():
+    while not done.wait(0.001):
+        anonymous.append(held("RssAnon"))
+model, out, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+longlora.merge(sys.argv[4], None, out + "-small")  # everything is imported
+done, anonymous, before = threading.Event(), [held("RssAnon")], held("VmRSS")
+thread = threading.Thread(target=watch)
+thread.start()
+if out.endswith("merged"):
+    longlora.merge(model, None, out, dtype)
+else:
+    loaded = longlora.load_model(model, dtype)
+    sum(p.sum() for p in loaded.parameters())
+done.set()
+thread.join()
+print(max(anonymous) - anonymous[0], held("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype, out, anonymous, total", [
+    ("bfloat16", "loaded", 0.1, 1.15), ("float16", "loaded", 1.1, 1.15),
+    ("bfloat16", "merged", 0.3, 1.3)])
+def test_weights_are_in_memory_once_at_most(form, dtype, out, anonymous, total, tmp_path):
+    """Loaded as they are, they belong to the file; converted or merged, they leave one by one."""
+    model = tiny(hidden_size=512, intermediate_size=2048, num_hidden_layers=20).bfloat16()
+    longlora.save_model(tiny(), tmp_path / "small")
+    longlora.save_model(model, tmp_path / "model")
+    size = sum(p.nbytes for p in model.parameters())
+    if form == "bin":
+        (tmp_path / "model" / "model.safetensors").unlink()
+        write_weights(model.state_dict(), tmp_path / "model", form)
+    arguments = [tmp_path / "model", tmp_path / out, dtype, tmp_path / "small"]
+    run = subprocess.run([sys.executable, "-c", MEMORY, *arguments], cwd=ROOT, check=True,
+                         stdout=subprocess.PIPE, text=True)
+    own, most = map(int, run.stdout.split())
+    assert own <= anonymous * size and most <= total * size, (own / size, most / size)
+
+
+def test_added_tokens_are_single_ids_between_encoded_texts(tmp_path):
+    """As added_tokens.json has them, the longest first; also where a text has none of them."""
+    (tmp_path / "tokenizer.model").write_bytes(
+        (ROOT / "data" / "tiny-llama" / "tokenizer.model").read_bytes())
+    formats.write_json(tmp_path / "added_tokens.json", {"[PAD]": 2048, "[P": 2050, "</s>": 2})
+    added, ids = prepare.load_tokenizer(tmp_path), TOKENIZER.encode
+    assert added.encode("def f()") == ids("def f()") and added.vocab_size() == 2051
+    text = "a[PAD]def f()[P[P</s> x"
+    assert added.encode(text) == [*ids("a"), 2048, *ids("def f()"), 2050, 2050, 2, *ids(" x")]
+    assert added.decode([*ids("a b"), 2048, *ids("c")]) == "a b[PAD]c"
+    for bad in ("[1]", "{", '{"x": -1}', '{"": 5}'):
+        (tmp_path / "added_tokens.json").write_text(bad)
+        with pytest.raises(ValueError, match="added_tokens.json"):
+            prepare.load_tokenizer(tmp_path)
+
+
+class Ran:
+    """What a pickle would do to whoever trusted it."""
+
+    def __reduce__(self):
+        return (setattr, (sys.modules[__name__].Ran, "code", True))
+
+
+# Mutated files: so many of each of the 8 forms; FUZZ=250 pytest -k mutated reads 2,000 in seconds.
+CASES = int(os.environ.get("FUZZ", 25))
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """The real paths of all files opened from now on."""
+    paths = []
+    sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], (str, bytes)) and
+                     paths.append(os.path.realpath(os.fsdecode(args[0]))))
+    return paths
+
+
+def mutate(path, rng):
+    """Break one file in one way; the header and the pickle, where little means much, most often."""
+    data = bytearray(path.read_bytes())
+    near = min(len(data), 400 if rng.random() < 0.7 else len(data))
+    kind = rng.choice(["bits", "cut", "zeros", "length", "swap", "splice", "json", "code", "gone"])
+    if kind == "bits":
+        for _ in range(rng.integers(1, 9)):
+            data[rng.integers(near)] ^= 1 << int(rng.integers(8))
+    elif kind == "cut":
+        data = data[:rng.integers(len(data))]
+    elif kind == "zeros":
+        start = rng.integers(near)
+        data[start:start + 9] = bytes(9)
+    elif kind == "length":
+        value = rng.choice([0, 1, 7, len(data), len(data) - 8, 10**8, 2**62])
+        data[:8] = (int(value) << int(rng.integers(2))).to_bytes(8, "little")
+    elif kind == "swap":  # offsets overlap or leave the file, names occur twice, dtypes are wrong
+        digits = [m.start() for m in re.finditer(rb"[0-9a-zA-Z_]", data[:near])]
+        for at in rng.choice(digits, 3) if digits else ():
+            data[at] = data[rng.choice(digits)]
+    elif kind == "splice":
+        start, stop = sorted(rng.integers(near, size=2))
+        data[start:stop] = data[start:stop] * int(rng.integers(3))
+    elif kind == "json":
+        values = [b"null", b"-1", b"1e999", b"NaN", b"[" * 50_000, b"9" * 5000, b'"../../x"', b"{}"]
+        found = list(re.finditer(rb'(?<=: )[^,{}\[\]]+', data))
+        if found:
+            at = found[rng.integers(len(found))]
+            data[at.start():at.end()] = values[rng.integers(len(values))]
+    elif kind == "code" and path.suffix in (".bin", ".pth"):
+        tensors = torch.load(path, weights_only=True) | {"x": Ran()}
+        torch.save(tensors, path, _use_new_zipfile_serialization=bool(rng.integers(2)))
+        return
+    elif kind == "gone":
+        path.unlink()
+        return
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore:.* does not say for what context")
+@pytest.mark.parametrize("form", [*FORMS, "Meta", "adapter", "adapter, released"])
+def test_mutated_files_are_refused_in_one_line_or_loaded(form, opened, tmp_path):
+    """No crash, no code run, nothing outside the folder opened, no weight left without a value."""
+    model, base, folder = tiny(num_key_value_heads=4), tmp_path / "base", tmp_path / "files"
+    longlora.save_model(model, base)
+    if form == "Meta":
+        meta_folder(model, folder, 2, False)
+    elif form == "adapter, released":
+        released_adapter(folder)
+    elif form == "adapter":
+        longlora.save_adapter(lora_model(num_key_value_heads=4), folder)
+    else:
+        longlora.save_model(model, folder)
+        (folder / "model.safetensors").unlink()
+        write_weights(model.state_dict(), folder, form)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    for case in range(CASES):
+        for path, data in whole.items():
+            path.write_bytes(data)
+        rng = np.random.default_rng((len(form), case))
+        mutate(list(whole)[rng.integers(len(whole))], rng)
+        opened.clear()
+        try:
+            loaded = longlora.load_model(base if "adapter" in form else folder)
+            if "adapter" in form:
+                longlora.load_adapter(loaded, folder)
+            assert not any(p.is_meta for p in loaded.parameters())
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 600, error
+        data = [name for name in opened if Path(name).suffix not in (".py", ".pyc", ".so")]
+        assert all(name.startswith((str(folder), str(base))) for name in data), data
+        assert not hasattr(Ran, "code")
+
+
 # data/prepare.py and eval.py ----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ tensor's bytes leave the disk when they are used. Models and adapters are given 
 names, whoever wrote them. Whatever a file claims is checked before it is believed: a broken or
 hostile one ends in a ValueError of one line, and nothing in it is ever run.
 """
+import ctypes
 import json
 import math
 import mmap
@@ -155,7 +156,7 @@ def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        tensors = load_pickled(path)
+        tensors, mapped = load_pickled(path)
     except Exception as error:  # PyTorch's reader raises whatever a broken file leads it to
         raise ValueError(f"{path}: not a file of tensors: broken, or with other things in it "
                          f"({type(error).__name__})") from None
@@ -170,9 +171,15 @@ def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name!r} claims more bytes than it has")
         yield name, tensor.detach()
+        if mapped:  # as in read_safetensors, but PyTorch keeps the mapping to itself
+            start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, stop - start)),
+                                      mmap.MADV_DONTNEED)
 
 
-def load_pickled(path: Path) -> object:
+def load_pickled(path: Path) -> tuple[object, bool]:
+    """What `torch.load` makes of a file, and whether it is mapped."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if zipped := zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -186,7 +193,7 @@ def load_pickled(path: Path) -> object:
         # The one call that weights_only admits and that can fill the memory from a few bytes.
         if pickled.find(b"bytearray") >= 0:
             raise ValueError("a bytearray among tensors")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), zipped
 
 
 # --------------------------------------------------------------------------------------------------
@@ -378,7 +385,8 @@ def read_adapter(folder: Path, layers: Iterable[str]) -> tuple[
             # PEFT's names of the adapter and of its wrappers, in files that kept them
             name = re.sub(r"\.(default|modules_to_save|base_layer)(?=\.)", "",
                           name.removeprefix("base_model.model."))
-            tensors.setdefault(name, tensor)
+            if not name.endswith("rotary_emb.inv_freq"):
+                tensors.setdefault(name, tensor)
 
     for path in tensor_files(folder, "adapter_model.safetensors", "adapter_model.bin"):
         add(path)
