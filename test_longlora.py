@@ -1,8 +1,9 @@
 """Lesson two: what this project claims, each claim checked against an independent definition of it.
 
-    pytest                    # about half a minute
+    pytest                    # under a minute
     pytest -k attention       # one part of it
-    python test_longlora.py   # no test: the time of S2-Attn over that of full attention
+    python test_longlora.py   # no test: the time of S2-Attn over that of full attention, and of
+                              # loading a model over that of reading its file
 """
 import json
 import math
@@ -12,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -414,9 +416,16 @@ LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 MISFITS = {  # None: not there
     "base/model.safetensors": [(NORM, None), (NORM, torch.ones(31)), EXTRA],
     "base/config.json": [("model_type", "qwen2"), ("quantization_config", {"bits": 4}),
-                         ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0})],
+                         ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
+                         ("rope_scaling", {"type": "yarn", "factor": 2.0}), ("mlp_bias", True),
+                         ("num_hidden_layers", 10**9), ("hidden_size", 1 << 40)],
     "adapter/adapter_model.safetensors": [(LORA, None), (LORA, torch.zeros(3, 31)), EXTRA],
-    "adapter/adapter_config.json": [("peft_type", "LOHA"), ("r", None), ("target_modules", ["q"])],
+    "adapter/adapter_config.json": [("peft_type", "LOHA"), ("r", None), ("target_modules", ["q"]),
+                                    ("use_dora", True), ("bias", "all"), ("r", 4),
+                                    ("init_lora_weights", "pissa"), ("lora_alpha", math.nan),
+                                    ("layer_replication", [[0, 2]]), ("modules_to_save", ["x"]),
+                                    ("alpha_pattern", {"(.*)*q_proj": 2}),
+                                    ("rank_pattern", {"(": 3})],
     "adapter/longlora.json": [("context", None), ("factor", 2.0)],  # the factor of another base
 }
 
@@ -1170,7 +1179,7 @@ def test_bad_input_is_one_line_and_exit_status_2(line, bad, files, command):
     assert sorted(os.listdir(files)) == before
 
 
-if __name__ == "__main__":
+def time_attention():
     seconds = {None: [], 2048: []}
     for _, G in [(i, G) for i in range(6) for G in seconds]:
         inputs = qkv(1, 8, 8, 8192, 64)
@@ -1181,3 +1190,25 @@ if __name__ == "__main__":
     full, shifted = (np.median(runs[1:]) for runs in seconds.values())
     print(f"T = 8,192, G = 2,048, H = 8, D = 64, forward and backward, {torch.get_num_threads()} "
           f"threads: full {full:.3f} s, S2-Attn {shifted:.3f} s, ratio {shifted / full:.3f}")
+
+
+def time_loading(folder):
+    longlora.save_model(tiny(hidden_size=2048, intermediate_size=5504, num_hidden_layers=21,
+                             num_key_value_heads=4, vocab_size=32000).bfloat16(), folder)
+    seconds, file = {"cat": [], "load_model and sums": []}, folder / "model.safetensors"
+    for name in [*seconds] * 6:
+        began = time.perf_counter()
+        if name == "cat":
+            subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
+        else:
+            sum(p.sum() for p in longlora.load_model(folder).parameters())
+        seconds[name].append(time.perf_counter() - began)
+    cat, load = (np.median(runs[1:]) for runs in seconds.values())
+    print(f"{file.stat().st_size / 1e9:.1f} GB, bfloat16: load_model and a sum over every parameter "
+          f"{load:.3f} s, cat {cat:.3f} s")
+
+
+if __name__ == "__main__":
+    time_attention()
+    with tempfile.TemporaryDirectory() as folder:
+        time_loading(Path(folder))

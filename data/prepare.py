@@ -176,8 +176,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.model"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no SentencePiece tokenizer here; "
-                                "--data must be a token file (.bin)")
+        raise FileNotFoundError(f"{path}: no such file; without a SentencePiece tokenizer texts "
+                                "cannot be read, --data must be a token file (.bin)")
     added, beside = {}, path.parent / "added_tokens.json"
     if beside.is_file():
         try:
@@ -190,7 +190,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer(path.read_bytes(), added)
     except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model; "
+        raise ValueError(f"{path}: not a SentencePiece model, without which texts cannot be read; "
                          "--data must be a token file (.bin)") from None
     if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
         raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
