@@ -65,8 +65,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -98,6 +98,11 @@ class LlamaConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < 1e30:
                 raise ValueError(f"config: {name} must be a positive number, got {value!r}")
+        for name in ("bos_token_id", "eos_token_id"):  # Llama 3 has several of the latter
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [value]
+            if not all(id is None or type(id) is int and abs(id) < 1 << 31 for id in ids):
+                raise ValueError(f"config: {name} must be a token id, a list of them or null")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError("config: tie_word_embeddings must be true or false, "
                              f"got {self.tie_word_embeddings!r}")
@@ -111,7 +116,7 @@ class LlamaConfig:
         kind = scaling.get("rope_type", scaling.get("type"))
         names = ROPE_SCALINGS.get(kind, ()) if isinstance(kind, str) else ()
         values = [scaling.get(name) for name in names]
-        if (not names or not all(isinstance(v, (int, float)) and 0 < v < 1e30 for v in values)
+        if (not names or not all(type(v) in (int, float) and 0 < v < 1e30 for v in values)
                 or values[0] < 1 or kind == "llama3" and values[1] >= values[2]):
             raise ValueError('config: rope_scaling must be {"rope_type": "linear", "factor": at '
                              f'least 1}}, Llama 3\'s ("llama3"), or null, got {scaling!r}')
@@ -565,8 +570,8 @@ def load_config(path: str | Path, context: int | None = None) -> LlamaConfig:
         raise ValueError(f"{path}: {error}") from None
     context, reach = context or config.max_position_embeddings, values.get("sliding_window")
     if reach is not None and not (type(reach) is int and reach >= context):
-        raise ValueError(f"{path}: sliding_window {reach} is shorter than a context of {context}: "
-                         "within it this model is a Llama, beyond it is not; ask for less")
+        raise ValueError(f"{path}: sliding_window {reach!r} is shorter than a context of "
+                         f"{context}, and beyond it this is no plain Llama; ask for less")
     window = min(config.max_position_embeddings, reach or 1 << 31)
     return dataclasses.replace(config, max_position_embeddings=window)
 
@@ -814,7 +819,7 @@ def adapter_window(path: Path, config: LlamaConfig, context: int | None) -> Llam
             raise ValueError(f"{file}: expected a context in tokens, got {trained!r}")
         config = config.extended(trained)
         if config.interpolation_factor != factor:
-            raise ValueError(f"{file}: trained with positions interpolated by {factor}, but "
+            raise ValueError(f"{file}: trained with positions interpolated by {factor!r}, but "
                              f"{trained} tokens of this model take "
                              f"{config.interpolation_factor:g}: it belongs to another base")
     elif context is None and (path / "trainable_params.bin").exists():

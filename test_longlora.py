@@ -1204,8 +1204,8 @@ def time_loading(folder):
             sum(p.sum() for p in longlora.load_model(folder).parameters())
         seconds[name].append(time.perf_counter() - began)
     cat, load = (np.median(runs[1:]) for runs in seconds.values())
-    print(f"{file.stat().st_size / 1e9:.1f} GB, bfloat16: load_model and a sum over every parameter "
-          f"{load:.3f} s, cat {cat:.3f} s")
+    print(f"{file.stat().st_size / 1e9:.1f} GB, bfloat16: load_model and a sum over every "
+          f"parameter {load:.3f} s, cat {cat:.3f} s")
 
 
 if __name__ == "__main__":

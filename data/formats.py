@@ -10,17 +10,19 @@ import json
 import math
 import mmap
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
-HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+JSON_LIMIT = 10_000_000  # bytes; the largest model's is well below a tenth of it
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -42,6 +44,8 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise ValueError(f"{path}: {size:,} bytes are too many for a file of settings")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -97,7 +101,7 @@ def read_safetensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
+        if size < 8 or not 2 <= length <= min(size - 8, JSON_LIMIT):
             raise ValueError(f"{path}: not a safetensors file, or cut short (its header claims "
                              f"{length} bytes of {size})")
         try:
@@ -119,8 +123,9 @@ def read_safetensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     for start, stop, name, dtype, shape in entries:
         yield name, map_tensor(data, first + start, stop - start, dtype).view(shape)
         # What the caller has copied need not stay in memory; what it kept comes back when used.
-        page = (first + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        data.madvise(mmap.MADV_DONTNEED, page, max(1, first + stop - page))
+        if stop > start:
+            page = (first + start) // mmap.PAGESIZE * mmap.PAGESIZE
+            data.madvise(mmap.MADV_DONTNEED, page, first + stop - page)
 
 
 def unique_names(pairs: list) -> dict:
@@ -130,11 +135,16 @@ def unique_names(pairs: list) -> dict:
 
 
 def read_entry(name: str, entry: dict) -> tuple[int, int, str, torch.dtype, list[int]]:
+    if len(name) > 200 or not name.isprintable():
+        raise ValueError(f"{name[:200]!r} is no tensor's name")
     (start, stop), shape = entry["data_offsets"], entry["shape"]
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (start, stop, *shape)):
+    if type(shape) is not list or len(shape) > 8 or not all(
+            type(n) is int and 0 <= n < 1 << 62 for n in (start, stop, *shape)):
         raise ValueError(f"{name}: shape and offsets must be whole numbers")
+    if math.prod(n or 1 for n in shape) >= 1 << 60:
+        raise ValueError(f"{name}: no tensor has shape {shape}")
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name}: dtype {entry['dtype']!r} is not supported")
+        raise ValueError(f"{name}: dtype {str(entry['dtype'])[:40]!r} is not supported")
     return start, stop, name, DTYPES[entry["dtype"]], shape
 
 
@@ -158,16 +168,17 @@ def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         tensors, mapped = load_pickled(path)
     except Exception as error:  # PyTorch's reader raises whatever a broken file leads it to
-        raise ValueError(f"{path}: not a file of tensors: broken, or with other things in it "
-                         f"({type(error).__name__})") from None
+        problem = error if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path}: not a file of tensors alone, or broken ({problem})") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: expected tensors by name, got {type(tensors).__name__}")
     while tensors:  # one is let go before the next: the older form's are in memory
         name, tensor = next(iter(tensors.items()))
         del tensors[name]
         plain = isinstance(tensor, torch.Tensor) and isinstance(name, str)
-        if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"{path}: {name!r} is no plain tensor")
+        if (not plain or tensor.layout != torch.strided or tensor.device.type != "cpu"
+                or tensor.is_neg() or len(name) > 200 or not name.isprintable()):
+            raise ValueError(f"{path}: {str(name)[:200]!r} is no plain tensor")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name!r} claims more bytes than it has")
         yield name, tensor.detach()
@@ -178,22 +189,36 @@ def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
                                       mmap.MADV_DONTNEED)
 
 
+# What the pickles of tensors by name call, and nothing else. `weights_only` admits more, of which
+# some can fill the memory or crash.
+CALLS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|"
+                   r"torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
+
+
 def load_pickled(path: Path) -> tuple[object, bool]:
     """What `torch.load` makes of a file, and whether it is mapped."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(path, "rb") as file:
         if zipped := zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                if any(e.compress_type != zipfile.ZIP_STORED for e in archive.infolist()):
                     raise ValueError("compressed, and how far it would swell is not known")
-                (entry,) = (entry for entry in entries if entry.filename.endswith(".pkl"))
-                pickled = archive.read(entry)
+                (name,) = (name for name in archive.namelist() if name.endswith(".pkl"))
+                with archive.open(name) as pickle:
+                    check_calls(pickle)
         else:
-            pickled = data
-        # The one call that weights_only admits and that can fill the memory from a few bytes.
-        if pickled.find(b"bytearray") >= 0:
-            raise ValueError("a bytearray among tensors")
+            file.seek(0)
+            for _ in range(5):  # the older form: two numbers, facts, the tensors, their storages
+                check_calls(file)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), zipped
+
+
+def check_calls(pickle: BinaryIO) -> None:
+    """Read one pickle, running nothing. Raises ValueError if it would call what tensors do not."""
+    for opcode, argument, _ in pickletools.genops(pickle):
+        if opcode.name == "GLOBAL" and not CALLS.fullmatch(argument):
+            raise ValueError(f"it calls {argument[:100]!r}")
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+            raise ValueError(f"a pickle with {opcode.name} in it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,6 +419,8 @@ def read_adapter(folder: Path, layers: Iterable[str]) -> tuple[
     if (released := folder / "trainable_params.bin").is_file():
         add(released)
 
+    if not isinstance(config.get("modules_to_save") or [], list):
+        raise ValueError(f"{file}: modules_to_save must be a list of names or null")
     targets, found = config.get("target_modules"), {name.split(".lora_")[0] for name in tensors}
     if isinstance(targets, list) and not (
             config.get("layers_to_transform") or config.get("exclude_modules")):
@@ -403,7 +430,7 @@ def read_adapter(folder: Path, layers: Iterable[str]) -> tuple[
     if not loras:
         raise ValueError(f"{file}: target_modules {targets!r} names no layer of this model")
     for saved in config.get("modules_to_save") or []:
-        if not any(name.endswith(f"{saved}.weight") for name in tensors):
+        if type(saved) is not str or not any(name.endswith(f"{saved}.weight") for name in tensors):
             raise ValueError(f"{file}: modules_to_save has {saved!r}, but no file has its weights")
     return tensors, loras, tensors.keys() - own
 
@@ -414,17 +441,22 @@ def rank_and_scaling(file: Path, config: dict, layer: str) -> tuple[int, float]:
 
     def value(field: str, patterns: str) -> object:
         for pattern, special in (config.get(patterns) or {}).items():
-            if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 3:
-                raise ValueError(f"{pattern!r} could take for ever to match")
+            if re.fullmatch(r"[\w.]+", pattern):  # most are names, and need no regex of their own
+                if f".{layer}".endswith(f".{pattern}"):
+                    return special
+                continue
+            if (len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) or pattern.count("(") > 2
+                    or len(re.findall(r"[*+?{]", pattern)) > 3):
+                raise ValueError(f"{pattern[:200]!r} could take for ever to match")
             if re.fullmatch(rf"(.*\.)?({pattern})", layer):
                 return special
         return config.get(field)
 
     try:
         rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
-    except (AttributeError, ValueError, re.error) as error:
+    except (AttributeError, ValueError, OverflowError, re.error) as error:
         raise ValueError(f"{file}: broken rank_pattern or alpha_pattern: {error}") from None
-    if type(rank) is not int or rank < 1 or not (
+    if type(rank) is not int or not 1 <= rank < 1 << 31 or not (
             isinstance(alpha, (int, float)) and -1e30 < alpha < 1e30):
         raise ValueError(f"{file}: expected numbers as r and lora_alpha of {layer}, got {rank!r} "
                          f"and {alpha!r}")
