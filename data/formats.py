@@ -5,7 +5,6 @@ tensor's bytes leave the disk when they are used. Models and adapters are given 
 names, whoever wrote them. Whatever a file claims is checked before it is believed: a broken or
 hostile one ends in a ValueError of one line, and nothing in it is ever run.
 """
-import ctypes
 import json
 import math
 import mmap
@@ -15,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -121,11 +120,7 @@ def read_safetensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     if end != size:
         raise ValueError(f"{path}: its tensors end at byte {end}, the file at {size}")
     for start, stop, name, dtype, shape in entries:
-        yield name, map_tensor(data, first + start, stop - start, dtype).view(shape)
-        # What the caller has copied need not stay in memory; what it kept comes back when used.
-        if stop > start:
-            page = (first + start) // mmap.PAGESIZE * mmap.PAGESIZE
-            data.madvise(mmap.MADV_DONTNEED, page, first + stop - page)
+        yield from map_tensor(data, name, first + start, stop - start, dtype, shape)
 
 
 def unique_names(pairs: list) -> dict:
@@ -148,93 +143,214 @@ def read_entry(name: str, entry: dict) -> tuple[int, int, str, torch.dtype, list
     return start, stop, name, DTYPES[entry["dtype"]], shape
 
 
-def map_tensor(data: mmap.mmap, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor on `length` bytes of a mapped file (a copy, where they are misaligned)."""
-    if length == 0:
-        return torch.empty(0, dtype=dtype)
-    if start % dtype.itemsize == 0:
-        return torch.frombuffer(data, dtype=dtype, offset=start, count=length // dtype.itemsize)
-    data = torch.frombuffer(data, dtype=torch.uint8, offset=start, count=length)
-    return data.clone().view(dtype)
+def map_tensor(data: mmap.mmap, name: str, start: int, length: int, dtype: torch.dtype,
+               shape: list[int], stride: list[int] | None = None,
+               offset: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor in `length` bytes of a mapped file; these are copied only where misaligned."""
+    flat = torch.empty(0, dtype=dtype)
+    if length:
+        aligned = start % dtype.itemsize == 0
+        kind = dtype if aligned else torch.uint8
+        flat = torch.frombuffer(data, dtype=kind, offset=start, count=length // kind.itemsize)
+        flat = flat if aligned else flat.clone().view(dtype)
+    yield name, flat.view(shape) if stride is None else flat.as_strided(shape, stride, offset)
+    if length:  # what was copied need not stay in memory; what was not comes back when it is used
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, page, start + length - page)
+
+
+class Global(str):
+    """The class or function of a pickle, by name. It is never imported."""
+
+
+class Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+class View(NamedTuple):
+    """A tensor: a view of a storage."""
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
+    "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
+    "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
 
 
 def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names and tensors that `torch.save` wrote. Its zip form is mapped, the form before 2020
-    is read. Raises FileNotFoundError, and ValueError for all that is not a dict of plain tensors.
+    """The names and tensors that `torch.save` wrote, in its zip form or the one before 2020.
+
+    Not by `torch.load`: even with `weights_only=True` it copies the older form into memory, and
+    there are files that crash it, hang it, or come out as whatever was in memory. Raises
+    FileNotFoundError, and ValueError for all that is not tensors by name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        tensors, mapped = load_pickled(path)
-    except Exception as error:  # PyTorch's reader raises whatever a broken file leads it to
-        problem = error if type(error) is ValueError else type(error).__name__
-        raise ValueError(f"{path}: not a file of tensors alone, or broken ({problem})") from None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path}: expected tensors by name, got {type(tensors).__name__}")
-    while tensors:  # one is let go before the next: the older form's are in memory
-        name, tensor = next(iter(tensors.items()))
-        del tensors[name]
-        plain = isinstance(tensor, torch.Tensor) and isinstance(name, str)
-        if (not plain or tensor.layout != torch.strided or tensor.device.type != "cpu"
-                or tensor.is_neg() or len(name) > 200 or not name.isprintable()):
-            raise ValueError(f"{path}: {str(name)[:200]!r} is no plain tensor")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name!r} claims more bytes than it has")
-        yield name, tensor.detach()
-        if mapped:  # as in read_safetensors, but PyTorch keeps the mapping to itself
-            start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-            start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, stop - start)),
-                                      mmap.MADV_DONTNEED)
+        with open(path, "rb") as file:
+            tensors, starts = (locate_zipped if zipfile.is_zipfile(file) else locate_older)(file)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if not isinstance(tensors, dict):
+            raise ValueError("a dict of tensors by name is expected")
+        for name, view in tensors.items():
+            if not isinstance(view, View):
+                raise ValueError(f"{name!r} is no tensor")
+            (dtype, key, numel), offset, shape, stride = view
+            last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+            length, start = numel * dtype.itemsize, starts[key]
+            if (min(offset, numel, *shape, *stride) < 0 or start + length > len(data)
+                    or len(shape) > 8 or math.prod(n or 1 for n in shape) >= 1 << 60
+                    or math.prod(shape) > numel or last >= numel > 0):
+                raise ValueError(f"{name!r} does not fit its bytes")
+    except Exception as error:  # what a broken file leads the readers of its parts to
+        problem = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a file of tensors, or broken ({problem[:200]})") from None
+    for name, (storage, offset, shape, stride) in tensors.items():
+        length = storage.numel * storage.dtype.itemsize
+        yield from map_tensor(data, name, starts[storage.key], length, storage.dtype, shape, stride,
+                              offset)
 
 
-# What the pickles of tensors by name call, and nothing else. `weights_only` admits more, of which
-# some can fill the memory or crash.
-CALLS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|"
-                   r"torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
+def locate_zipped(file: BinaryIO) -> tuple[object, dict[str, int]]:
+    """A zip's unpickled data.pkl, and where in the file the bytes of each storage start."""
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        folder, starts = name.removesuffix("data.pkl"), {}
+        members = {member.filename: member for member in archive.infolist()}
+        order = members.get(folder + "byteorder", name)
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+            raise ValueError("compressed")
+        if order != name and archive.read(order) != b"little":
+            raise ValueError("not little endian")
+        with archive.open(name) as pickle:
+            value, storages = unpickle(pickle)
+        for key, storage in storages.items():
+            member = members[f"{folder}data/{key}"]
+            if member.file_size != storage.numel * storage.dtype.itemsize:
+                raise ValueError(f"storage {key} has {member.file_size} bytes")
+            file.seek(member.header_offset + 26)  # the lengths of two fields, behind which it is
+            lengths = file.read(4)
+            starts[key] = member.header_offset + 30 + sum(
+                int.from_bytes(lengths[i:i + 2], "little") for i in (0, 2))
+    return value, starts
 
 
-def load_pickled(path: Path) -> tuple[object, bool]:
-    """What `torch.load` makes of a file, and whether it is mapped."""
-    with open(path, "rb") as file:
-        if zipped := zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(e.compress_type != zipfile.ZIP_STORED for e in archive.infolist()):
-                    raise ValueError("compressed, and how far it would swell is not known")
-                (name,) = (name for name in archive.namelist() if name.endswith(".pkl"))
-                with archive.open(name) as pickle:
-                    check_calls(pickle)
-        else:
-            file.seek(0)
-            for _ in range(5):  # the older form: two numbers, facts, the tensors, their storages
-                check_calls(file)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), zipped
+def locate_older(file: BinaryIO) -> tuple[object, dict[str, int]]:
+    """The same for the form before 2020: five pickles, then length and bytes of each storage."""
+    file.seek(0)
+    if unpickle(file)[0] != 0x1950a86a20f9469cfc6c:
+        raise ValueError("it does not begin as torch.save's files do")
+    unpickle(file)  # the version of the form
+    if unpickle(file)[0].get("little_endian") is not True:
+        raise ValueError("not little endian")
+    (value, storages), (keys, _), starts = unpickle(file), unpickle(file), {}
+    for key in keys:
+        numel, starts[key] = int.from_bytes(file.read(8), "little"), file.tell()
+        if numel != storages[key].numel:
+            raise ValueError(f"storage {key} has {numel} elements")
+        file.seek(numel * storages[key].dtype.itemsize, os.SEEK_CUR)
+    return value, starts
 
 
-def check_calls(pickle: BinaryIO) -> None:
-    """Read one pickle, running nothing. Raises ValueError if it would call what tensors do not."""
-    for opcode, argument, _ in pickletools.genops(pickle):
-        if opcode.name == "GLOBAL" and not CALLS.fullmatch(argument):
-            raise ValueError(f"it calls {argument[:100]!r}")
-        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
-            raise ValueError(f"a pickle with {opcode.name} in it")
+def unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
+    """One pickle as `torch.save` writes them, with `View` for tensors; and its storages by key."""
+    stack, marks, memo, storages = [], [], {}, {}
+    constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+    def pop(n: int | None = None) -> list:
+        """The last n values, or those since the last mark."""
+        n = len(stack) - marks.pop() if n is None else n
+        if n > len(stack) - (marks[-1] if marks else 0):
+            raise ValueError("broken pickle")
+        values = stack[len(stack) - n:]
+        del stack[len(stack) - n:]
+        return values
+
+    def storage(kind: str, name: Global, key: str, _: str, numel: int, *view: None) -> Storage:
+        found = Storage(STORAGES[name.removeprefix("torch ").removesuffix("Storage")], key, numel)
+        if kind != "storage" or type(key) is not str or type(numel) is not int or any(view):
+            raise ValueError("broken storage")
+        if storages.setdefault(key, found) != found:
+            raise ValueError(f"storage {key!r} is two things")
+        return found
+
+    def call(function: Global, arguments: tuple) -> object:
+        if function == "collections OrderedDict" and arguments == ():
+            return {}
+        if function == "torch._utils _rebuild_parameter":
+            return arguments[0]
+        if function == "torch._utils _rebuild_tensor_v2" and type(arguments[0]) is Storage:
+            view = View(*arguments[:4])
+            if all(type(n) is int for n in (view.offset, *view.shape, *view.stride)):
+                return view
+        raise ValueError(f"it calls {str(function)[:100]!r}")
+
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name == "STOP":
+            return *pop(1), storages
+        elif name in ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"):
+            stack.append(argument)
+        elif name in constants:
+            stack.append(constants[name])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "GLOBAL":
+            stack.append(Global(argument))
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop(None if name == "TUPLE" else int(name[-1]))))
+        elif name in ("APPEND", "APPENDS"):
+            values = pop(1 if name == "APPEND" else None)
+            stack[-1].extend(values)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = pop(2 if name == "SETITEM" else None)
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if type(key) is not str or len(key) > 200 or not key.isprintable():
+                    raise ValueError("a key that is no name")
+                stack[-1][key] = value
+        elif name == "BINPERSID":
+            stack.append(storage(*pop(1)[0]))
+        elif name == "REDUCE":
+            stack.append(call(*pop(2)))
+        elif name == "BUILD":  # attributes of a dict: the versions of a state dict's modules
+            pop(1)
+        elif name != "PROTO":
+            raise ValueError(f"a pickle with {name} in it")
+    raise ValueError("a pickle without an end")
 
 
 # --------------------------------------------------------------------------------------------------
 # Writing tensors
 
 
-def write_safetensors(tensors: dict[str, torch.Tensor], path: Path,
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path | None,
                       get: Callable[[str], torch.Tensor] | None = None) -> None:
     """Write a safetensors file: larger dtypes first, so that all are aligned, then by name.
     Complete or absent.
 
     With `get`, `tensors` need only have dtypes and shapes (on the meta device): get(name) makes
-    each when its turn comes, so that they never exist all at once.
+    each when its turn comes, so that they never exist all at once. None as `path`: get them, write
+    nothing.
     """
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    if path is None:
+        for name in names:
+            get(name)
+        return
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
