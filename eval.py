@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import longlora
@@ -148,23 +149,34 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
     if len(tokens) < context or not spans:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context}")
     device = model.lm_head.weight.device
-    total, count = 0.0, 0
-    bar = tqdm(total=sum(scored for *_, scored in spans), desc=f"context {context:,}", unit="tok",
-               leave=False, unit_scale=True)
+    total, count, batches = 0.0, 0, []
+    while spans:
+        most = max(1, BATCH_TOKENS // context)
+        batches.append([s for s in spans[:most] if s[1] - s[0] == spans[0][1] - spans[0][0]])
+        spans = spans[len(batches[-1]):]
+    # Under FSDP processes work in step: whoever has no batch left reads the first one for nothing.
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    bar = tqdm(total=sum(scored for b in batches for *_, scored in b), desc=f"context {context:,}",
+               unit="tok", leave=False, unit_scale=True, disable=rank > 0)
     with bar, autocast(device, dtype):
-        while spans:
-            most = max(1, BATCH_TOKENS // context)
-            batch = [s for s in spans[:most] if s[1] - s[0] == spans[0][1] - spans[0][0]]
-            spans = spans[len(batch):]
+        for i in range(rank, math.ceil(len(batches) / size) * size, size):
+            batch = batches[i if i < len(batches) else 0]
             rows = [tokens[a:b].astype(np.int64) for a, b, _ in batch]
             ids = torch.from_numpy(np.stack(rows)).to(device)
             targets = ids[:, 1:].clone()
             for row, (_, _, scored) in zip(targets, batch):
                 row[:len(row) - scored] = -100
             n = sum(scored for *_, scored in batch)
-            total += model(ids[:, :-1], targets, group_size, shift).item() * n
-            count += n
-            bar.update(n)
+            loss = model(ids[:, :-1], targets, group_size, shift).item()
+            if i < len(batches):
+                total, count = total + loss * n, count + n
+                bar.update(n * size)
+    if hasattr(model, "reshard"):  # or FSDP's root goes on without gradients
+        model.reshard()
+    if size > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        total, count = sums[0].item(), int(sums[1])
     return math.exp(min(total / count, 700)), count
 
 

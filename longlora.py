@@ -22,10 +22,12 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -166,9 +168,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_tables(config: LlamaConfig, T: int,
-                  device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles of positions 0..T-1, both (T, 1, D/2), float32 (Section 3.1).
+def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
+                  start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the angles of T positions from `start`, both (T, 1, D/2), float32
+    (Section 3.1).
 
     Interpolation happens here and nowhere else: positions are divided by the factor. float32
     always: in bf16 the positions 257 and 258 are the same number.
@@ -182,8 +185,8 @@ def rotary_tables(config: LlamaConfig, T: int,
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         fast = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / scaling["factor"])
-    position = torch.arange(T, device=device, dtype=torch.float32) / config.interpolation_factor
-    angle = torch.outer(position, frequency)[:, None, :]
+    position = torch.arange(start, start + T, device=device, dtype=torch.float32)
+    angle = torch.outer(position / config.interpolation_factor, frequency)[:, None, :]
     return angle.cos(), angle.sin()
 
 
@@ -198,15 +201,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # Attention
 
 
+Before = Callable[[torch.Tensor, int], torch.Tensor]
+
+
 def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group_size: int,
-                             shift: bool = True) -> torch.Tensor:
+                             shift: bool = True, before: Before | None = None) -> torch.Tensor:
     """S2-Attn (Section 3.2, Figure 3): causal attention inside groups, shifted by half a group in
     half of the heads.
 
     q is (B, H, T, D); k and v are (B, H_kv, T, D); returns (B, H, T, D). Query t sees key u iff
     u <= t and both lie in the same group, t // G in the first half of the heads, (t + G/2) // G in
     the second. With `shift=False` all heads are as the first half (the paper's ablation, Table 6).
-    T need not be a multiple of G. Raises ValueError if G or H is odd.
+    T need not be a multiple of G. Where the T tokens are a part of a longer sequence that starts
+    with whole groups, `before(x, G/2)` puts in front of a shifted key or value (B, h, T, D) those
+    of the G/2 tokens before it, if there are any. Raises ValueError if G or H is odd.
 
         T = 8, G = 4   heads of the first half       heads of the second half
                        keys 0 1 2 3 4 5 6 7          keys 0 1 2 3 4 5 6 7
@@ -226,11 +234,18 @@ def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         return grouped_attention(q, k, v, G, 0)
     if H % 2:
         raise ValueError(f"shifting half of the heads needs an even number of them, got {H}")
-    if H_kv % 2:  # the halves of the query heads share a key-value head
-        k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))
-    (q1, q2), (k1, k2), (v1, v2) = (x.chunk(2, dim=1) for x in (q, k, v))  # halves of the heads
-    return torch.cat([grouped_attention(q1, k1, v1, G, first=0),
-                      grouped_attention(q2, k2, v2, G, first=G // 2)], dim=1)
+    n = (H_kv + 1) // 2  # key-value heads for each half of the heads; they share one if H_kv is odd
+    (q1, q2), (k1, v1), (k2, v2) = q.chunk(2, dim=1), (k[:, :n], v[:, :n]), (k[:, -n:], v[:, -n:])
+    if before:
+        k2, v2 = before(k2, G // 2), before(v2, G // 2)
+    if H_kv % 2:
+        k1, v1 = (x.repeat_interleave(H // H_kv, dim=1)[:, :H // 2] for x in (k1, v1))
+        k2, v2 = (x.repeat_interleave(H // H_kv, dim=1)[:, -H // 2:] for x in (k2, v2))
+    out = grouped_attention(q1, k1, v1, G, first=0)
+    if extra := k2.shape[2] - q2.shape[2]:  # keys before the first query: it gets dummies there
+        q2 = F.pad(q2, (0, 0, extra, 0))
+    shifted = grouped_attention(q2, k2, v2, G, first=0 if extra else G // 2)[:, :, extra:]
+    return torch.cat([out, shifted], dim=1)
 
 
 def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
@@ -278,17 +293,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, H_kv * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, group_size: int | None,
-                shift: bool) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                attention: Callable[..., torch.Tensor]) -> torch.Tensor:
         # (B, T, C) -> (B, T, H, D): heads stay behind tokens, so that groups of tokens are views
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if group_size is None:
-            out = causal_attention(q, k, v)
-        else:
-            out = shifted_sparse_attention(q, k, v, group_size, shift)
+        out = attention(*(y.transpose(1, 2) for y in (q, k, v)))
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -311,9 +322,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, group_size: int | None,
-                shift: bool) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, group_size, shift)
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                attention: Callable[..., torch.Tensor]) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -330,18 +341,21 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False
 
-    def forward(self, tokens: torch.Tensor, group_size: int | None = None,
-                shift: bool = True) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, group_size: int | None = None, shift: bool = True,
+                start: int = 0, before: Before | None = None) -> torch.Tensor:
         x = self.embed_tokens(tokens)
         if torch.is_autocast_enabled(x.device.type):
             # A float32 embedding would make the residual stream float32, and so every checkpoint.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = rotary_tables(self.config, tokens.shape[1], x.device)
+        cos, sin = rotary_tables(self.config, tokens.shape[1], x.device, start)
+        attention = causal_attention
+        if group_size is not None:
+            attention = partial(shifted_sparse_attention, group_size=group_size, shift=shift,
+                                before=before)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, group_size, shift, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, group_size, shift)
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, cos, sin, attention)
         return self.norm(x)
 
 
@@ -350,7 +364,9 @@ class Llama(nn.Module):
 
     `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss over the targets
     that are not -100, where targets[b, t] is the token that follows tokens[b, t]. With `group_size`
-    attention is S2-Attn (`shift=False`: local groups). With `model.model.checkpointing = True` each
+    attention is S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer
+    sequence, `start` is the first one's position, and `before` as in `shifted_sparse_attention`.
+    With `model.model.checkpointing = True` each
     layer is computed again in the backward pass instead of keeping its activations.
     """
 
@@ -363,8 +379,9 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
-                group_size: int | None = None, shift: bool = True) -> torch.Tensor:
-        x = self.model(tokens, group_size, shift)
+                group_size: int | None = None, shift: bool = True, start: int = 0,
+                before: Before | None = None) -> torch.Tensor:
+        x = self.model(tokens, group_size, shift, start, before)
         return self.lm_head(x) if targets is None else chunked_loss(x, self.lm_head.weight, targets)
 
     def extend(self, context: int) -> None:
@@ -382,6 +399,55 @@ class Llama(nn.Module):
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if deep else 0.02
                 nn.init.normal_(p, std=std)
+
+
+# --------------------------------------------------------------------------------------------------
+# Context parallelism
+
+
+class Halo(torch.autograd.Function):
+    """One sequence over several processes, each with whole groups. Unshifted heads need nothing of
+    each other. Of the shifted ones, a process needs the keys and values of the G/2 tokens before
+    its own, and nothing else, whatever T is: attention is causal, so they go in one direction.
+
+        process 0                 process 1                 process 2
+        [  G  ][  G  ][  G  ]     [  G  ][  G  ][  G  ]     [  G  ][  G  ][  G  ]     unshifted
+        [G/2][  G  ][  G  ][G/2]->[G/2][  G  ][  G  ][G/2]->[G/2][  G  ][  G  ][G/2]  shifted
+
+    `Halo.apply(x, n, group)`: x (B, h, T, D) with the n tokens before it, (B, h, n + T, D). The
+    last n go to the next process of `group`; in the backward pass their gradients come back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, n, group):
+        ctx.n, ctx.group = n, group
+        before = exchange(x[:, :, -n:], group, 1)
+        # The first process returns its x, or its backward would not run, and the next one hang.
+        return x.view_as(x) if before is None else torch.cat([before, x], dim=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n = ctx.n
+        after = exchange(grad[:, :, :n], ctx.group, -1)
+        grad = grad[:, :, n if ctx.group.rank() else 0:].clone()
+        if after is not None:
+            grad[:, :, -n:] += after
+        return grad, None, None
+
+
+def exchange(x: torch.Tensor, group: dist.ProcessGroup, step: int) -> torch.Tensor | None:
+    """Give x to the process `step` further on; returns what the one before gives (None: no one)."""
+    rank, size, works, got = group.rank(), group.size(), [], None
+    if 0 <= rank + step < size:
+        to = dist.get_global_rank(group, rank + step)
+        works.append(dist.P2POp(dist.isend, x.contiguous(), to, group))
+    if 0 <= rank - step < size:
+        got = torch.empty_like(x, memory_format=torch.contiguous_format)
+        source = dist.get_global_rank(group, rank - step)
+        works.append(dist.P2POp(dist.irecv, got, source, group))
+    for work in dist.batch_isend_irecv(works):
+        work.wait()
+    return got
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,10 +516,11 @@ class LoRALinear(nn.Module):
     large as W, is never formed here: that memory is what LoRA exists to save.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float,
+                 dtype: torch.dtype | None = None):
         super().__init__()
         out_features, in_features = linear.weight.shape
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        place = {"device": linear.weight.device, "dtype": dtype or linear.weight.dtype}
         self.weight = linear.weight
         self.lora_A = nn.Linear(in_features, rank, bias=False, **place)  # initialised by nn.Linear
         self.lora_B = nn.Linear(rank, out_features, bias=False, **place)
@@ -475,9 +542,10 @@ def with_update(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: floa
 
 
 def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
-             targets: Iterable[str] = ATTENTION_PROJECTIONS) -> None:
+             targets: Iterable[str] = ATTENTION_PROJECTIONS,
+             dtype: torch.dtype | None = None) -> None:
     """Replace every linear layer below the head whose name is in `targets` by a LoRALinear, in
-    place (Section 3.3).
+    place (Section 3.3). A and B have the layer's dtype unless told.
 
     Raises ValueError if `rank` is below 1, a target matches no layer, or LoRA is there already.
     """
@@ -493,7 +561,7 @@ def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
             raise ValueError(f"LoRA target {target!r} matches no linear layer of the model")
     for target, parents in found.items():
         for parent in parents:
-            setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha))
+            setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha, dtype))
 
 
 def merge_lora(model: Llama) -> None:
@@ -615,14 +683,20 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
 SHARD_BYTES = 4_900_000_000  # of tensors, so that a file with its header stays below 5 GB
 
 
-def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None,
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP has sharded: every process has to ask for it at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def save_model(model: Llama, path: str | Path | None, dtype: torch.dtype | None = None,
                progress: bool = False) -> None:
     """Write the model, LoRA merged, as a Hugging Face folder: config.json and model.safetensors, or
     shards of at most 5 GB with their index. In its own dtypes unless told.
 
-    Merging happens tensor by tensor on the way to the file, and changes nothing in `model`.
+    Merging happens tensor by tensor on the way to the file, and changes nothing in `model`. Of a
+    sharded model every process has to call it, but one with None as `path`.
     """
-    path, modules, shards = Path(path), dict(model.named_modules()), [{}]
+    modules, shards = dict(model.named_modules()), [{}]
     weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
     for name, p in weights.items():
         empty = torch.empty(p.shape, dtype=dtype or p.dtype, device="meta")
@@ -634,17 +708,22 @@ def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None,
 
     def merged(name: str) -> torch.Tensor:
         module, kind = modules[name.removesuffix(".weight")], dtype or weights[name].dtype
-        tensor = module.merged(kind) if isinstance(module, LoRALinear) else weights[name].to(kind)
+        lora = isinstance(module, LoRALinear)
+        tensor = module.merged(kind) if lora else gathered(weights[name]).to(kind)
         bar.update(tensor.nbytes)
         return tensor
 
-    path.mkdir(parents=True, exist_ok=True)
+    if path:
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
     files, n = {}, len(shards)
     with bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
-            write_safetensors(shard, path / file, merged)
+            write_safetensors(shard, path and path / file, merged)
             files |= dict.fromkeys(shard, file)
+    if path is None:
+        return
     if n > 1:
         write_json(path / "model.safetensors.index.json",
                    {"metadata": {"total_size": total}, "weight_map": files})
@@ -702,14 +781,14 @@ def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
 SAVED_MODULES = {"embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"}
 
 
-def save_adapter(model: Llama, path: str | Path) -> None:
+def save_adapter(model: Llama, path: str | Path | None) -> None:
     """Write LoRA and what else trains as a PEFT adapter: adapter_config.json,
     adapter_model.safetensors, and longlora.json.
 
     The last holds what PEFT has no field for: {"context": tokens, "factor": interpolation factor}.
-    Raises ValueError if the model has no LoRA, or more trains than an adapter holds.
+    Of a sharded model every process has to call it, but one with None as `path`. Raises ValueError
+    if the model has no LoRA, or more trains than an adapter holds.
     """
-    path = Path(path)
     trained = {name: p for name, p in model.named_parameters()
                if p.requires_grad or "lora_" in name}
     loras = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -723,9 +802,14 @@ def save_adapter(model: Llama, path: str | Path) -> None:
     leaves = {name.split(".")[-1] for name in loras}
     everywhere = all(name in loras for name, _ in model.named_modules()
                      if name.split(".")[-1] in leaves)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name}": p for name, p in trained.items()}
-    write_safetensors(tensors, path / "adapter_model.safetensors")
+    if path:
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+    write_safetensors(tensors, path and path / "adapter_model.safetensors",
+                      lambda name: gathered(tensors[name]))
+    if path is None:
+        return
     write_json(path / "longlora.json", {"context": model.config.max_position_embeddings,
                                         "factor": model.config.interpolation_factor})
     write_json(path / "adapter_config.json", {

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1093,7 +1095,7 @@ def test_train_and_eval_as_a_user_runs_them(files, tmp_path):
     out, rows = tmp_path / "out", tmp_path / "rows.json"
     subprocess.run([sys.executable, ROOT / "train.py", *RUN, "--out", out], cwd=files, check=True)
     assert set(os.listdir(out)) == {"adapter_config.json", "adapter_model.safetensors",
-                                    "longlora.json", "log.jsonl", "results.json", "state.pt"}
+                                    "longlora.json", "log.jsonl", "results.json", "states"}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     table = json.loads((out / "results.json").read_text())["perplexity"]
     fields = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "peak_memory_bytes"}
@@ -1144,6 +1146,7 @@ def test_a_resumed_run_is_the_whole_run(end, says, steps, more, tmp_path, monkey
         patch.setattr(torch.nn.utils, "clip_grad_norm_", fifth_ends)
         assert says in run(parts)[0] and len(result(parts)[0]) == steps
     assert run(parts, "--resume")[0] == 0 and result(parts) == result(whole)
+    assert run(parts, "--resume")[0] == 0 and result(parts) == result(whole)  # it was finished
     assert refused(*run(parts)) and refused(*run(parts, "--resume", "--seed", 1))
     assert result(parts) == result(whole)
     assert run(parts, "--overwrite", "--seed", 1)[0] == 0 and result(parts) != result(whole)
@@ -1161,7 +1164,7 @@ BAD_INPUT = {
     "train.py": """--model nowhere | --model broken | --model no-json | --data nowhere.bin
         | --data beyond.bin | --data half.bin | --data short.bin | --data model | --group-size 7
         | --lr nan | --trainable lora,head | --attention x | --out tokens.bin | --passkey 0.1
-        | --out model --overwrite | --resume --overwrite""",
+        | --out model --overwrite | --resume --overwrite | --context-parallel 2""",
     "eval.py perplexity": """--adapter nowhere | --adapter model | --data short.bin --context 64
         | --context 16,x | --stride 16 | --attention shifted --group-size 7 | --json nowhere/x""",
     "eval.py passkey": "--model model", "eval.py": "",  # no tokenizer; no command
@@ -1177,6 +1180,164 @@ def test_bad_input_is_one_line_and_exit_status_2(line, bad, files, command):
     before = sorted(os.listdir(files))
     assert refused(*command(*line.split(), *good, *bad.split()))
     assert sorted(os.listdir(files)) == before
+
+
+# Several processes, and runs that survive ---------------------------------------------------------
+
+
+def halo_worker(rank, size, store, failures):
+    """Shifted attention of `size` processes, each with a part of T, against that of one."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    sent, batch = [], dist.batch_isend_irecv
+
+    def counted(works):
+        sent.extend(work.tensor.numel() for work in works if work.op is dist.isend)
+        return batch(works)
+
+    dist.batch_isend_irecv = counted
+    for H, H_kv, T, G in [(4, 4, 16, 8), (4, 2, 64, 8), (6, 3, 32, 16), (4, 1, 16, 4)]:
+        torch.manual_seed(0)
+        whole = [x.detach().requires_grad_() for x in qkv(2, H, H_kv, size * T, 6)]
+        weight = torch.randn(2, H, size * T, 6)
+        expected = shifted_sparse_attention(*whole, G)
+        wanted = torch.autograd.grad(expected, whole, weight)
+        piece = slice(rank * T, (rank + 1) * T)
+        part = [x[:, :, piece].detach().requires_grad_() for x in whole]
+        sent.clear()
+        out = shifted_sparse_attention(
+            *part, G, before=lambda x, n: longlora.Halo.apply(x, n, dist.group.WORLD))
+        forward = sum(sent)
+        got = torch.autograd.grad(out, part, weight[:, :, piece])
+        for x, y in zip([out, *got], [expected, *wanted]):
+            torch.testing.assert_close(x, y[:, :, piece], rtol=0, atol=1e-5)
+        rows = 2 * 2 * (G // 2) * ((H_kv + 1) // 2) * 6  # of two batch rows, whatever T is
+        assert forward == (rows if rank + 1 < size else 0), (forward, rows)
+        assert sum(sent) == rows * (rank + 1 < size) + rows * (rank > 0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_attention_is_that_of_one_process(size, tmp_path):
+    """In value and gradients; the traffic is 2 * (G/2) * (H_kv/2) * D elements a row and way."""
+    torch.multiprocessing.spawn(halo_worker, (size, tmp_path / "store", None), size)
+
+
+def torchrun(files, out, *flags, launchers=1, processes=2, wait=True, elastic=()):
+    """train.py as torchrun starts it, on one machine or (on the loopback address) several."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    port = 29500 + os.getpid() % 1000
+    several = ["--nnodes", launchers, "--rdzv-backend", "c10d", "--rdzv-id", "test",
+               "--rdzv-endpoint", f"127.0.0.1:{port}"] if launchers > 1 else ["--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", *several, *elastic,
+               "--nproc-per-node", processes, ROOT / "train.py", *RUN, "--out", out, *flags]
+    runs = [subprocess.Popen(list(map(str, command)), cwd=files, env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for _ in range(launchers)]
+    if not wait:
+        return runs[0]
+    printed = [run.communicate()[0] for run in runs]
+    assert not any(run.returncode for run in runs), printed
+    return printed
+
+
+def losses(out):
+    log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return np.array([(line["loss"], line["grad_norm"]) for line in log])
+
+
+def weights(out):
+    return dict(formats.read_safetensors(next(out.glob("*model.safetensors"))))
+
+
+def same_run(a, b, loss=1e-5, norm=1e-3):
+    """The same losses and gradient norms, and the same adapter in norm."""
+    np.testing.assert_allclose(losses(a), losses(b), rtol=loss)
+    difference = sum((weights(a)[name] - w).square().sum() for name, w in weights(b).items())
+    assert difference.sqrt() <= norm * sum(w.square().sum() for w in weights(b).values()).sqrt()
+
+
+@pytest.mark.parametrize("processes, contexts, launchers, more", [
+    (3, 1, 1, "--trainable full --checkpointing --offload"), (4, 2, 1, "--checkpointing"),
+    (4, 4, 1, "--attention local"), (1, 2, 2, "--micro-batch 2")])
+def test_processes_give_what_one_gives(processes, contexts, launchers, more, files, tmp_path):
+    """Over 10 steps of micro-batches, with rows that the processes cannot share evenly."""
+    flags = ["--steps", 10, "--batch-size", 5, "--group-size", 16, "--eval-every", 5, *more.split()]
+    one, many = tmp_path / "one", tmp_path / "many"
+    subprocess.run(list(map(str, [sys.executable, ROOT / "train.py", *RUN, "--out", one, *flags])),
+                   cwd=files, check=True)
+    flags += ["--context-parallel", contexts]
+    printed = torchrun(files, many, *flags, processes=processes, launchers=launchers)
+    same_run(one, many)
+    tables = [formats.read_json(out / "results.json")["perplexity"] for out in (one, many)]
+    for a, b in zip(*(table["extended"].values() for table in tables), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert sum(text.count("Written to") for text in printed) == 1  # one process speaks
+
+
+def test_a_run_continues_on_another_number_of_processes(files, tmp_path, command):
+    """One takes 6 of 7 steps, two the last: as one alone, within rounding."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command("train.py", *RUN, "--out", whole, "--save-every", 3)[0] == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "states" / "step-0000007")
+    printed = torchrun(files, parts, "--save-every", 3, "--resume")
+    assert "after step 6 of 7" in printed[0]
+    same_run(whole, parts)
+
+
+@pytest.mark.parametrize("harm", ["cut", "lost", "manifest", "both"])
+def test_a_torn_state_is_passed_over_for_an_older_one(harm, files, tmp_path, command, capfd):
+    out = tmp_path / "out"
+    assert command("train.py", *RUN, "--out", out, "--save-every", 2)[0] == 0
+    before, (newest, older) = weights(out), train.states.states(out / "states")
+    assert (newest.name, older.name) == ("step-0000007", "step-0000006")
+    if harm in ("cut", "both"):
+        os.truncate(newest / "__0_0.distcp", 100)
+    if harm == "lost":
+        (newest / ".metadata").unlink()
+    if harm in ("manifest", "both"):
+        ((older if harm == "both" else newest) / "manifest.json").write_text("{")
+    capfd.readouterr()
+    assert command("train.py", *RUN, "--out", out, "--save-every", 2, "--resume")[0] == 0
+    torch.testing.assert_close(weights(out), before, rtol=0, atol=0)
+
+
+# So many kills here; KILLS=50 pytest -k killed takes six minutes: 50 of 50 runs came out the same.
+KILLS = int(os.environ.get("KILLS", 2))
+
+
+def test_killed_runs_end_as_if_they_had_not_been(files, tmp_path):
+    """kill -9 at a random moment, from before the first save to the end, then --resume."""
+    command = [sys.executable, ROOT / "train.py", *RUN, "--save-every", "1", "--out"]
+    began = time.monotonic()
+    subprocess.run([*command, tmp_path / "whole"], cwd=files, check=True)
+    lasts, rng = time.monotonic() - began, np.random.default_rng(0)
+    for kill in range(KILLS):
+        out = tmp_path / f"{kill}"
+        run = subprocess.Popen([*command, out], cwd=files)
+        time.sleep(rng.uniform(0.4, 1) * lasts)
+        run.kill()
+        run.wait()
+        subprocess.run([*command, out, "--resume"], cwd=files, check=True)
+        assert np.array_equal(losses(out), losses(tmp_path / "whole"))
+        torch.testing.assert_close(weights(out), weights(tmp_path / "whole"), rtol=0, atol=0)
+        assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux")
+def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = ["--save-every", 1, "--resume", "--steps", 40]
+    torchrun(files, whole, *flags)
+    run = torchrun(files, out, *flags, wait=False, elastic=["--max-restarts", "2"])
+    while len(train.states.states(out / "states")) < 2:
+        assert run.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    printed = run.communicate()[0]
+    assert run.returncode == 0 and "resuming from" in printed, printed
+    same_run(whole, out, loss=0, norm=0)
 
 
 def time_attention():

@@ -3,25 +3,37 @@
     python train.py                                          # the small Llama, 256 -> 2,048 tokens,
                                                              # minutes on a laptop
     python train.py --model TinyLlama-1.1B --data corpus.bin # 2,048 -> 16,384 tokens
+    torchrun --nproc-per-node 8 train.py ...                 # on 8 GPUs
     python train.py --help
+
+Several processes share the work in two ways, and the model knows of neither. FSDP shards parameters
+and optimizer over all of them; each gathers a layer when it needs it. They share the sequences of a
+batch, and with --context-parallel N every N of them one sequence: see `longlora.Halo`.
 """
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import longlora
-from data import prepare
+from data import prepare, states
 from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, default_device,
                   load_tokenizer, open_tokens, perplexity)
 
@@ -78,6 +90,9 @@ class Run:
                       choices=("auto", "float32", "bfloat16"))
     checkpointing: bool = flag(False, "machine",
                                "recompute activations in the backward pass instead of keeping them")
+    offload: bool = flag(False, "machine", "keep the inputs of recomputed layers in host memory: "
+                         "a copy there and back for each layer, GPU memory for one")
+    context_parallel: int = flag(1, "machine", "processes that share a sequence (S2-Attn only)")
     compile: bool = flag(False, "machine", "torch.compile the decoder (needs a C++ compiler)")
     out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
@@ -129,6 +144,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
             ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf),
             ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31), ("lr", 0, 1e3),
+            ("context_parallel", 1, 1 << 16),
             ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
             ("clip", 1e-9, math.inf), ("passkey", 0, 1), ("seed", 0, (1 << 63) - 1),
             ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
@@ -139,6 +155,15 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     longlora.trainable_parts(run.trainable)
     if run.passkey and run.context < prepare.PASSKEY_TOKENS:
         raise ValueError(f"--passkey needs a --context of {prepare.PASSKEY_TOKENS} tokens at least")
+    if run.context_parallel > 1:
+        piece = run.context / run.context_parallel
+        if run.attention == "full":
+            raise ValueError("--context-parallel needs --attention shifted or local: full "
+                             "attention is not split over processes")
+        if piece % run.group_size:
+            raise ValueError(f"--context-parallel {run.context_parallel}: its {piece:g} tokens a "
+                             f"process are not whole groups of {run.group_size}; take another "
+                             "--context or a smaller --group-size")
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
         raise ValueError("shifting half of the heads needs an even number of them: "
                          "--attention local or full")
@@ -172,65 +197,143 @@ def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tens
 
 
 # --------------------------------------------------------------------------------------------------
+# Several processes
+
+
+class Team(NamedTuple):
+    """This process among `size`. Every `contexts` neighbours share a sequence, in `group`."""
+    rank: int = 0
+    size: int = 1
+    contexts: int = 1
+    mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+
+
+def join(run: Run) -> tuple[torch.device, Team]:
+    """This process's device, and its place among those that torchrun has started."""
+    device, size = default_device(), int(os.environ.get("WORLD_SIZE", 1))
+    if run.context_parallel < 1 or size % run.context_parallel:
+        raise ValueError(f"--context-parallel {run.context_parallel} does not divide {size} "
+                         "processes; torchrun --nproc-per-node N starts N")
+    if size == 1:
+        return device, Team()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one machine torchrun's store outlives a restart, with the addresses of dead processes.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=size)
+    mesh = init_device_mesh(device.type, (size,))
+    both = init_device_mesh(device.type, (size // run.context_parallel, run.context_parallel),
+                            mesh_dim_names=("data", "context"))
+    group = both["context"].get_group()
+    return device, Team(rank, size, run.context_parallel, mesh, group)
+
+
+def place(run: Run, model: longlora.Llama, device: torch.device, dtype: torch.dtype,
+          team: Team) -> None:
+    """Add LoRA, choose what trains, and bring the model to the device: whole, or this process's
+    shards of it.
+
+    `model` lies in its mapped files until then, and a process reads only the rows that it keeps.
+    """
+    if run.trainable == "full":
+        dtype = torch.float32
+    else:
+        longlora.add_lora(model, run.rank, 2 * run.rank, dtype=dtype)
+    if team.size == 1:
+        longlora.set_trainable(model.to(device, dtype), run.trainable)
+        return
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    model.to("meta", dtype)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    longlora.set_trainable(model, run.trainable)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=team.mesh)
+    fully_shard(model, mesh=team.mesh)
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        rows = weights.pop(name).detach().chunk(team.size)  # as FSDP shards: the last may be short
+        if team.rank < len(rows):
+            p.to_local().detach().copy_(rows[team.rank])
+
+
+# --------------------------------------------------------------------------------------------------
 # Saving and resuming
 
-FILES = ("log.jsonl", "results.json", "state.pt", "adapter_config.json",
-         "adapter_model.safetensors", "longlora.json", "config.json", "model*.safetensors*",
-         *longlora.COMPANIONS)
+FILES = ("log.jsonl", "results.json", "states", "adapter_config.json", "adapter_model.safetensors",
+         "longlora.json", "config.json", "model*.safetensors*", *longlora.COMPANIONS)
+
+
+def tensors_of(model: longlora.Llama, optimizer: torch.optim.Optimizer) -> dict:
+    """What a state holds: the weights that train and AdamW's two averages of their gradients."""
+    tensors = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors["weights"][name] = p.detach()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                kept = optimizer.state[p]
+                tensors[kind][name] = kept.setdefault(kind, torch.zeros_like(p.detach()))
+    return tensors
 
 
 def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int,
-         dtype: torch.dtype) -> None:
-    """After `step` steps: the adapter (or in `dtype` the model, where all of it trains), and
-    state.pt to continue from."""
+         dtype: torch.dtype, results: dict, team: Team) -> None:
+    """After `step` steps: the adapter (or in `dtype` the model, where all of it trains), and the
+    state to continue from."""
     out = Path(run.out)
+    to = out if team.rank == 0 else None  # the others only give their shards
     if run.trainable == "full":
-        longlora.save_model(model, out, dtype)
-        longlora.copy_companions(run.model, out)
+        longlora.save_model(model, to, dtype)
+        if to:
+            longlora.copy_companions(run.model, to)
     else:
-        longlora.save_adapter(model, out)
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"run": dataclasses.asdict(run), "step": step, "trained": trained,
-             "optimizer": optimizer.state_dict()}
-    longlora.replace_file(out / "state.pt", lambda partial: torch.save(state, partial))
+        longlora.save_adapter(model, to)
+    facts = {"run": dataclasses.asdict(run), "results": results}
+    states.save(out / "states", step, tensors_of(model, optimizer), facts)
 
 
 # May differ between a run and its continuation.
 FREE = {"out", "resume", "overwrite", "eval_every", "eval_tokens", "save_every", "compile",
-        "checkpointing", "micro_batch"}
+        "checkpointing", "micro_batch", "offload", "context_parallel"}
 
 
-def load_state(run: Run) -> dict | None:
-    """What `save` left in state.pt, or None. Raises ValueError if other settings made it."""
-    out = Path(run.out)
-    file = out / "state.pt"
-    if not file.exists():
-        print(f"{out} holds nothing to resume: starting fresh")
+def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:
+    """The newest whole state in --out and its facts, the same for all processes. Raises ValueError
+    if other settings made it."""
+    found = [states.newest(Path(run.out) / "states") if team.rank == 0 else None]
+    if team.size > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        print0(f"{run.out} holds nothing to resume: starting fresh")
         return None
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        was, *_ = state["run"], state["step"], state["trained"], state["optimizer"]
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}); "
-                         "--overwrite starts again") from None
+    was = found[0][1]["run"]
     for name, value in dataclasses.asdict(run).items():
         if name not in FREE and was.get(name) != value:
-            raise ValueError(f"--resume: {out} was made with --{name.replace('_', '-')} "
+            raise ValueError(f"--resume: {run.out} was made with --{name.replace('_', '-')} "
                              f"{was.get(name)}, not {value}")
-    return state
+    return found[0]
 
 
-def restore(run: Run, state: dict, model: longlora.Llama, optimizer: torch.optim.Optimizer) -> int:
+def restore(run: Run, state: tuple[Path, dict], model: longlora.Llama,
+            optimizer: torch.optim.Optimizer, team: Team) -> int:
     """Put back what `save` saved, and cut the log to it; returns the number of steps done."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    log = Path(run.out) / "log.jsonl"
-    kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:state["step"]]
-    longlora.replace_file(log, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
-    print(f"resuming after step {state['step']} of {run.steps}")
-    return state["step"]
+    path, step = state[0], state[1]["step"]
+    states.load(path, tensors_of(model, optimizer))
+    for p, kept in optimizer.state.items():
+        kept["step"] = torch.tensor(float(step), device=p.device)
+    if team.rank == 0:
+        log = Path(run.out) / "log.jsonl"
+        kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+        longlora.replace_file(log, lambda partial: partial.write_text("".join(kept), "utf-8"))
+    print0(f"resuming from {path}, after step {step} of {run.steps}")
+    return step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,47 +375,79 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def share(run: Run, batch: torch.Tensor, team: Team) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's tokens and targets of a batch (batch_size, context + 1): of its rows, its
+    piece. Where rows are short for all, it gets one whose targets are all -100."""
+    teams = team.size // team.contexts
+    rows = batch[team.rank // team.contexts::teams]
+    tokens, targets = rows[:, :-1], rows[:, 1:]  # split after the shift: no target is lost
+    if len(rows) < math.ceil(run.batch_size / teams):
+        tokens = torch.cat([tokens, batch[:1, :-1]])
+        targets = torch.cat([targets, torch.full_like(batch[:1, 1:], -100)])
+    piece = run.context // team.contexts
+    piece = slice(team.rank % team.contexts * piece, (team.rank % team.contexts + 1) * piece)
+    return tokens[:, piece], targets[:, piece]
+
+
 def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer,
-                   batch: torch.Tensor, dtype: torch.dtype, pattern: dict) -> tuple[float, float]:
+                   batch: torch.Tensor, dtype: torch.dtype, pattern: dict,
+                   team: Team) -> tuple[float, float]:
     """One step on a batch (batch_size, context + 1), a micro-batch at a time: its loss and gradient
-    norm. Where one is not finite, nothing is updated."""
+    norm, over all processes. Where one is not finite, nothing is updated."""
     device = model.lm_head.weight.device
     loss = 0.0
-    for rows in batch.split(run.micro_batch):
-        rows = rows.to(device)
-        with autocast(device, dtype):
-            part = model(rows[:, :-1], rows[:, 1:], **pattern) * (len(rows) / run.batch_size)
-        part.backward()
+    parts = list(zip(*(x.split(run.micro_batch) for x in share(run, batch, team))))
+    for i, (tokens, targets) in enumerate(parts, 1):
+        scored = (targets != -100).sum().item() / (run.batch_size * run.context)
+        if team.size > 1:
+            model.set_requires_gradient_sync(i == len(parts))
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+        with autocast(device, dtype), offload if run.offload else contextlib.nullcontext():
+            part = model(tokens.to(device), targets.to(device), **pattern) * scored
+        (part * team.size).backward()  # FSDP takes the mean over processes, this is a sum
         loss += part.item()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, run.clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(trained, run.clip)
+    if team.size > 1:
+        loss = torch.tensor(loss, dtype=torch.float64, device=device)
+        dist.all_reduce(loss)
+        loss, norm = loss.item(), norm.full_tensor()
+    norm = norm.item()
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad()
     return loss, norm
 
 
+def print0(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
 def main(run: Run) -> None:
-    device, out = default_device(), Path(run.out)
+    device, team = join(run)
+    out, main_process = Path(run.out), team.rank == 0
     dtype = compute_dtype(run.dtype, device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("training on several processes is not supported yet: "
-                         "run python train.py without torchrun")
     check_out(run)
 
     torch.manual_seed(run.seed)
     if run.init == "random":
-        model = longlora.Llama(longlora.load_config(run.model, run.context)).to(device)
+        model = longlora.Llama(longlora.load_config(run.model, run.context))
         model.reset_parameters()
         stored = torch.bfloat16
     else:
-        model = longlora.load_model(run.model, device=device, context=run.context)
+        model = longlora.load_model(run.model, context=run.context)
         stored = model.lm_head.weight.dtype
     resolve(run, model)
     pattern = attention_pattern(run.attention, run.group_size)
-    state = load_state(run) if run.resume else None
+    splits = ("train", "valid", "test")
+    if team.size > 1 and not main_process:
+        dist.barrier()  # the first process encodes texts, the others find them encoded
     train, valid, test = (open_tokens(run.data, run.model, model.config.vocab_size, split)
-                          for split in ("train", "valid", "test"))
+                          for split in splits)
+    if team.size > 1 and main_process:
+        dist.barrier()
+    state = find_state(run, team) if run.resume else None
     if len(train) <= run.context:
         raise ValueError(f"--data {run.data}: {len(train):,} tokens to train on are too few for "
                          f"--context {run.context:,}")
@@ -326,18 +461,21 @@ def main(run: Run) -> None:
         tokenizer = load_tokenizer(run.model, model.config.vocab_size)
         prepare.passkey_document(tokenizer, prepare.PASSKEY_TOKENS,  # does one fit?
                                  np.random.default_rng(0), held_out=False)
-    out.mkdir(parents=True, exist_ok=True)
-    model.to(dtype if run.trainable != "full" else torch.float32)
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob("*.partial"):  # by a process that was killed
+            left.unlink()
+    place(run, model, device, dtype, team)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.
-    results = {"perplexity": {}}
+    results = state[1]["results"] if state else {"perplexity": {}}
     contexts = [min(model.config.max_position_embeddings, run.context)]
     while contexts[-1] < run.context:
         contexts.append(min(2 * contexts[-1], run.context))
 
     def measure(name: str) -> None:
-        if run.eval_tokens:
-            tqdm.write(f"held-out perplexity: {name}")
+        if run.eval_tokens and name not in results["perplexity"]:
+            print0(f"held-out perplexity: {name}")
             results["perplexity"][name] = {
                 str(c): perplexity(model, test, c, dtype=dtype)[0] for c in contexts}
 
@@ -347,10 +485,7 @@ def main(run: Run) -> None:
         model.extend(run.context)
         measure("interpolated")
 
-    if run.trainable != "full":
-        longlora.add_lora(model, run.rank, 2 * run.rank)
-    longlora.set_trainable(model, run.trainable)
-    model.model.checkpointing = run.checkpointing
+    model.model.checkpointing = run.checkpointing or run.offload
     if run.compile:
         model.model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -359,43 +494,47 @@ def main(run: Run) -> None:
          {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
         lr=run.lr, betas=(0.9, 0.95), fused=True)
 
-    if state is None:
+    if state is None and main_process:
         for path in [path for name in FILES for path in out.glob(name)]:
-            path.unlink()
-    first = restore(run, state, model, optimizer) if state else 0
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    first = restore(run, state, model, optimizer, team) if state else 0
     size, some = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained))
     groups = f" in groups of {run.group_size:,}" if pattern else ""
-    print(f"{run.model}: {size:,} parameters, {some:,} train ({run.trainable}); "
-          f"{run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, "
-          f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}")
+    several = f" on {team.size} processes" if team.size > 1 else ""
+    print0(f"{run.model}: {size:,} parameters, {some:,} train ({run.trainable}); "
+           f"{run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, "
+           f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}{several}")
+    if team.contexts > 1:
+        pattern["start"] = team.rank % team.contexts * (run.context // team.contexts)
+        pattern["before"] = lambda x, n: longlora.Halo.apply(x, n, team.group)
 
-    interrupted = False
+    interrupted = torch.zeros((), device=device)
     usual = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(*_) -> None:
         """Ctrl-C ends the run after the step at work; a second one ends it at once."""
-        nonlocal interrupted
-        interrupted = True
+        interrupted.fill_(1)
         signal.signal(signal.SIGINT, usual)
 
     signal.signal(signal.SIGINT, on_interrupt)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     held_out = ""
-    with (open(out / "log.jsonl", "a", encoding="utf-8") as log,
-          tqdm(total=run.steps, initial=first, unit="step") as bar):
+    log_file = out / "log.jsonl" if main_process else os.devnull
+    with (open(log_file, "a", encoding="utf-8") as log,
+          tqdm(total=run.steps, initial=first, unit="step", disable=not main_process) as bar):
         for step in range(first, run.steps):
             began = time.perf_counter()
             rate = learning_rate(run, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = make_batch(run, train, tokenizer, step)
-            loss, norm = optimizer_step(run, model, optimizer, batch, dtype, pattern)
+            loss, norm = optimizer_step(run, model, optimizer, batch, dtype, pattern, team)
             if not math.isfinite(loss + norm):
-                kept = "keeps the last save" if (out / "state.pt").exists() else "has no save yet"
+                kept = "keeps the last save" if (out / "states").exists() else "has no save yet"
                 sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
                          f"{norm}; {out} {kept}. Try a lower --lr than {run.lr:g}, or "
-                         "--dtype float32")
+                         "--dtype float32" if main_process else 1)
             tokens_per_s = run.batch_size * run.context / (time.perf_counter() - began)
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
@@ -410,26 +549,34 @@ def main(run: Run) -> None:
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s, "
                                 f"{line['peak_memory_bytes'] / 2**30:.2f} GiB{held_out}")
-            if interrupted or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                save(run, model, optimizer, step + 1, stored)
-            if interrupted:
-                sys.exit(f"interrupted after step {step + 1}: saved to {out}; --resume continues")
+            if team.size > 1:
+                dist.all_reduce(interrupted)
+            stop = interrupted.item() > 0
+            if stop or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+                save(run, model, optimizer, step + 1, stored, results, team)
+            if stop:
+                sys.exit(f"interrupted after step {step + 1}: saved to {out}; --resume continues"
+                         if main_process else 1)
 
     signal.signal(signal.SIGINT, usual)
     measure("extended" if "interpolated" in results["perplexity"] else "trained")
-    longlora.write_json(out / "results.json", results)
+    if main_process:
+        longlora.write_json(out / "results.json", results)
     if run.eval_tokens:
-        print(f"\nperplexity on {len(test):,} held-out tokens, full attention, "
-              f"by tokens in a window:\n{table(results)}\n")
+        print0(f"\nperplexity on {len(test):,} held-out tokens, full attention, "
+               f"by tokens in a window:\n{table(results)}\n")
     flag = "--model" if run.trainable == "full" else f"--model {run.model} --adapter"
-    print(f"Written to {out}. Next:\n  python eval.py passkey {flag} {out}\n"
-          f"  python eval.py perplexity {flag} {out}")
+    print0(f"Written to {out}. Next:\n  python eval.py passkey {flag} {out}\n"
+           f"  python eval.py perplexity {flag} {out}")
 
 
 if __name__ == "__main__":
     with prepare.one_line_errors():
         try:
             main(parse())
+            if dist.is_initialized():
+                gc.collect()  # gloo may abort while a model of its shards is alive
+                dist.destroy_process_group()
         except torch.OutOfMemoryError as error:
             sys.exit(f"out of memory: {str(error).splitlines()[0]} Try --checkpointing, a smaller "
                      "--micro-batch or a shorter --context")
