@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import longlora
 import train
-from data import formats, prepare
+from data import formats, prepare, states
+from data.plan import micro_step, plan, report
 from longlora import Llama, LlamaConfig, shifted_sparse_attention
 
 ROOT = Path(__file__).resolve().parent
@@ -1289,7 +1290,7 @@ def test_a_run_continues_on_another_number_of_processes(files, tmp_path, command
 def test_a_torn_state_is_passed_over_for_an_older_one(harm, files, tmp_path, command, capfd):
     out = tmp_path / "out"
     assert command("train.py", *RUN, "--out", out, "--save-every", 2)[0] == 0
-    before, (newest, older) = weights(out), train.states.states(out / "states")
+    before, (newest, older) = weights(out), states.states(out / "states")
     assert (newest.name, older.name) == ("step-0000007", "step-0000006")
     if harm in ("cut", "both"):
         os.truncate(newest / "__0_0.distcp", 100)
@@ -1330,7 +1331,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
     flags = ["--save-every", 1, "--resume", "--steps", 40]
     torchrun(files, whole, *flags)
     run = torchrun(files, out, *flags, wait=False, elastic=["--max-restarts", "2"])
-    while len(train.states.states(out / "states")) < 2:
+    while len(states.states(out / "states")) < 2:
         assert run.poll() is None
         time.sleep(0.01)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -1338,6 +1339,132 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
     printed = run.communicate()[0]
     assert run.returncode == 0 and "resuming from" in printed, printed
     same_run(whole, out, loss=0, norm=0)
+
+
+# data/plan.py -------------------------------------------------------------------------------------
+
+
+LLAMA_2_70B = LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
+                          num_key_value_heads=8, intermediate_size=28672)
+PLANNED = dict(context=32768, group_size=8192, trainable="lora,embed,norm", rank=8, batch_size=8,
+               micro_batch=1, checkpointing=True, offload=False, dtype=torch.bfloat16)
+
+
+def test_a_plan_has_the_papers_parameters_and_says_what_to_do():
+    numbers = plan(LlamaConfig(vocab_size=32001), **PLANNED)
+    assert numbers["lora"] == 8_388_608
+    assert numbers["trained"] - numbers["lora"] == 131_342_336
+    # Forward and backward through 6.6 billion linear weights, attention over a quarter of 32,768.
+    linear, heads = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32001, 32 * 4096
+    flops = 4 * linear + 6 * 8_388_608 + 3 * 4 * heads * 8193 / 2
+    assert numbers["flops"] == 8 * 32768 * flops
+    assert "do not suffice" in report(numbers, 24) and "--offload" in report(numbers, 24)
+    assert " suffice" in report(numbers, 80) and "do not" not in report(numbers, 80)
+
+
+# One forward and backward pass in a process of its own: by how much its memory peaks over what it
+# was with the model built, and the plan's peak less what was built.
+MEASURE = """
+import json, sys
+import torch
+import longlora
+from data.plan import plan
+from eval import autocast
+torch.set_num_threads(1)
+
+def memory(kind):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+def step(config, context, group_size, trainable, checkpointing, dtype):
+    model = longlora.Llama(config)
+    model.reset_parameters()
+    if trainable != "full":
+        longlora.add_lora(model.to(dtype), 8, 16, dtype=dtype)
+    longlora.set_trainable(model, trainable)
+    model.model.checkpointing = checkpointing
+    tokens = torch.randint(config.vocab_size, (1, context))
+    open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+    before = memory("VmRSS")
+    with autocast(torch.device("cpu"), dtype):
+        loss = model(tokens, tokens, group_size)
+    loss.backward()
+    return memory("VmHWM") - before
+
+# What the libraries allocate once does not count.
+step(longlora.LlamaConfig(64, 64, 64, 2, 4), 64, 32, "lora,embed", True, torch.float32)
+config = longlora.LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1408,
+                              num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+for settings in json.loads(sys.argv[1]):
+    settings["dtype"] = getattr(torch, settings["dtype"])
+    numbers = plan(config, rank=8, batch_size=1, micro_batch=1, offload=False, **settings)
+    planned = numbers["peak"] - numbers["weights"] - numbers["optimizer"]
+    print(step(config, **settings), planned)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_the_planned_memory_is_what_a_step_takes():
+    usual = {"context": 2048, "group_size": 512, "trainable": "lora,embed,norm",
+             "checkpointing": True, "dtype": "float32"}
+    cases = [usual | {"checkpointing": False, "dtype": "bfloat16"},
+             usual | {"trainable": "full", "group_size": None}]
+    # Large blocks go back to the system at once, or the allocator's habits are measured.
+    env = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+           "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(cases)], env=env,
+                          capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        measured, planned = map(int, line.split())
+        assert abs(planned / measured - 1) < 0.1
+
+
+def test_70b_on_8_gpus_is_planned_as_arithmetic_says():
+    numbers = plan(LLAMA_2_70B, gpus=8, **PLANNED)
+    # q, k, v, o and the MLP; the head in bfloat16; embedding, norms and LoRA in float32
+    C, I, kv = 8192, 28672, 1024
+    frozen = 80 * (2 * C * C + 2 * C * kv + 3 * C * I) + 32000 * C
+    lora = 80 * 8 * (2 * (C + C) + 2 * (C + kv))
+    trained = lora + 32000 * C + (2 * 80 + 1) * C
+    assert numbers["weights"] == (2 * frozen + 4 * trained) // 8
+    assert numbers["optimizer"] == 8 * trained // 8
+    assert numbers["kept"] == 80 * 32768 * C * 2  # each layer's input
+    assert numbers["reduce"] == 7 * 4 * trained // 8
+
+
+def test_what_gpus_share_falls_with_their_number():
+    config = LlamaConfig(num_hidden_layers=4, num_key_value_heads=8)
+    two, four = (plan(config, gpus=gpus, **PLANNED) for gpus in (2, 4))
+    for name in ("weights", "optimizer"):
+        assert two[name] == 2 * four[name]
+    assert two["gathered"] == four["gathered"] and two["kept"] == four["kept"]
+    assert two["parameters"] == four["parameters"] and two["halo"] == 0
+    one, halves = (plan(config, gpus=4, contexts=contexts, **PLANNED | {"context": 65536})
+                   for contexts in (1, 2))
+    assert one["kept"] == 2 * halves["kept"]
+    assert halves["layer"] == pytest.approx(one["layer"] / 2, rel=0.1)  # keys of the halo are more
+    # keys and values of 4 heads of 128 and half a group, three times, in bf16; 4 rows a process
+    assert halves["halo"] == 3 * 2 * 4 * 4 * 4096 * 4 * 128 * 2
+    offload = plan(config, gpus=4, **PLANNED | {"offload": True})
+    assert offload["kept"] == 0 and offload["host"] > four["kept"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": False}, {"trainable": "full"}])
+def test_two_and_three_layers_tell_what_seven_take(changes):
+    """What is alive at the peak of a step through all seven, made of fake tensors too."""
+    settings = PLANNED | {"context": 1024, "group_size": 256, "batch_size": 1} | changes
+    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512,
+                         num_hidden_layers=7, num_attention_heads=4)
+    numbers, full = plan(config, **settings), settings["trainable"] == "full"
+    with torch.device("meta"):
+        model = Llama(config).to(torch.float32 if full else torch.bfloat16)
+        if not full:
+            longlora.add_lora(model, dtype=torch.bfloat16)
+        longlora.set_trainable(model, settings["trainable"])
+    model.model.checkpointing = settings["checkpointing"]
+    live = micro_step(model, (1, 1024), torch.bfloat16, False, True, group_size=256)
+    expected = max(most for most, _ in live.peaks)
+    assert numbers["peak"] - numbers["weights"] - numbers["optimizer"] == expected
 
 
 def time_attention():

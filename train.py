@@ -6,14 +6,11 @@
     torchrun --nproc-per-node 8 train.py ...                 # on 8 GPUs
     python train.py --help
 
-Several processes share the work in two ways, and the model knows of neither. FSDP shards parameters
-and optimizer over all of them; each gathers a layer when it needs it. They share the sequences of a
-batch, and with --context-parallel N every N of them one sequence: see `longlora.Halo`.
+What several processes do with each other is in data/team.py, and in `longlora.Halo`.
 """
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -23,19 +20,17 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import longlora
 from data import prepare, states
-from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, default_device,
-                  load_tokenizer, open_tokens, perplexity)
+from data.team import Team, join, leave, place, print0
+from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, load_tokenizer,
+                  open_tokens, perplexity)
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
 # measured for models below 100 million parameters (data/README.md). A small model learns at a
@@ -93,6 +88,9 @@ class Run:
     offload: bool = flag(False, "machine", "keep the inputs of recomputed layers in host memory: "
                          "a copy there and back for each layer, GPU memory for one")
     context_parallel: int = flag(1, "machine", "processes that share a sequence (S2-Attn only)")
+    plan: bool = flag(False, "plan", "load nothing: print what a step takes, and whether it fits")
+    gpus: int = flag(1, "plan", "GPUs to plan for")
+    gpu_memory: float = flag(80.0, "plan", "GiB that each has")
     compile: bool = flag(False, "machine", "torch.compile the decoder (needs a C++ compiler)")
     out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
@@ -144,7 +142,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
             ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf),
             ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31), ("lr", 0, 1e3),
-            ("context_parallel", 1, 1 << 16),
+            ("context_parallel", 1, 1 << 16), ("gpus", 1, 1 << 16), ("gpu_memory", 0, 1 << 20),
             ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
             ("clip", 1e-9, math.inf), ("passkey", 0, 1), ("seed", 0, (1 << 63) - 1),
             ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
@@ -167,6 +165,25 @@ def resolve(run: Run, model: longlora.Llama) -> None:
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
         raise ValueError("shifting half of the heads needs an even number of them: "
                          "--attention local or full")
+
+
+def show_plan(run: Run) -> None:
+    from data import plan
+    with torch.device("meta"):
+        model = longlora.Llama(longlora.load_config(run.model, run.context))
+    resolve(run, model)
+    if run.gpus % run.context_parallel:
+        raise ValueError(f"--context-parallel {run.context_parallel} does not divide --gpus "
+                         f"{run.gpus}")
+    names = ("context", "trainable", "rank", "batch_size", "micro_batch", "checkpointing",
+             "offload", "gpus")
+    settings = {"group_size": None} | attention_pattern(run.attention, run.group_size) | {
+        name: getattr(run, name) for name in names}
+    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
+    print(f"{run.model} at {run.context:,} tokens, {run.attention} attention, {run.trainable} "
+          f"train, {str(dtype)[6:]}; GPUs: {run.gpus}\n")
+    numbers = plan.plan(model.config, contexts=run.context_parallel, dtype=dtype, **settings)
+    print(plan.report(numbers, run.gpu_memory))
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -197,90 +214,10 @@ def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tens
 
 
 # --------------------------------------------------------------------------------------------------
-# Several processes
-
-
-class Team(NamedTuple):
-    """This process among `size`. Every `contexts` neighbours share a sequence, in `group`."""
-    rank: int = 0
-    size: int = 1
-    contexts: int = 1
-    mesh: DeviceMesh | None = None
-    group: dist.ProcessGroup | None = None
-
-
-def join(run: Run) -> tuple[torch.device, Team]:
-    """This process's device, and its place among those that torchrun has started."""
-    device, size = default_device(), int(os.environ.get("WORLD_SIZE", 1))
-    if run.context_parallel < 1 or size % run.context_parallel:
-        raise ValueError(f"--context-parallel {run.context_parallel} does not divide {size} "
-                         "processes; torchrun --nproc-per-node N starts N")
-    if size == 1:
-        return device, Team()
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one machine torchrun's store outlives a restart, with the addresses of dead processes.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=size)
-    mesh = init_device_mesh(device.type, (size,))
-    both = init_device_mesh(device.type, (size // run.context_parallel, run.context_parallel),
-                            mesh_dim_names=("data", "context"))
-    group = both["context"].get_group()
-    return device, Team(rank, size, run.context_parallel, mesh, group)
-
-
-def place(run: Run, model: longlora.Llama, device: torch.device, dtype: torch.dtype,
-          team: Team) -> None:
-    """Add LoRA, choose what trains, and bring the model to the device: whole, or this process's
-    shards of it.
-
-    `model` lies in its mapped files until then, and a process reads only the rows that it keeps.
-    """
-    if run.trainable == "full":
-        dtype = torch.float32
-    else:
-        longlora.add_lora(model, run.rank, 2 * run.rank, dtype=dtype)
-    if team.size == 1:
-        longlora.set_trainable(model.to(device, dtype), run.trainable)
-        return
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    model.to("meta", dtype)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    longlora.set_trainable(model, run.trainable)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=team.mesh)
-    fully_shard(model, mesh=team.mesh)
-    model.to_empty(device=device)
-    for name, p in model.named_parameters():
-        rows = weights.pop(name).detach().chunk(team.size)  # as FSDP shards: the last may be short
-        if team.rank < len(rows):
-            p.to_local().detach().copy_(rows[team.rank])
-
-
-# --------------------------------------------------------------------------------------------------
 # Saving and resuming
 
 FILES = ("log.jsonl", "results.json", "states", "adapter_config.json", "adapter_model.safetensors",
          "longlora.json", "config.json", "model*.safetensors*", *longlora.COMPANIONS)
-
-
-def tensors_of(model: longlora.Llama, optimizer: torch.optim.Optimizer) -> dict:
-    """What a state holds: the weights that train and AdamW's two averages of their gradients."""
-    tensors = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            tensors["weights"][name] = p.detach()
-            for kind in ("exp_avg", "exp_avg_sq"):
-                kept = optimizer.state[p]
-                tensors[kind][name] = kept.setdefault(kind, torch.zeros_like(p.detach()))
-    return tensors
 
 
 def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int,
@@ -296,12 +233,12 @@ def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step
     else:
         longlora.save_adapter(model, to)
     facts = {"run": dataclasses.asdict(run), "results": results}
-    states.save(out / "states", step, tensors_of(model, optimizer), facts)
+    states.save(out / "states", step, model, optimizer, facts)
 
 
 # May differ between a run and its continuation.
 FREE = {"out", "resume", "overwrite", "eval_every", "eval_tokens", "save_every", "compile",
-        "checkpointing", "micro_batch", "offload", "context_parallel"}
+        "checkpointing", "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
 
 
 def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:
@@ -325,9 +262,7 @@ def restore(run: Run, state: tuple[Path, dict], model: longlora.Llama,
             optimizer: torch.optim.Optimizer, team: Team) -> int:
     """Put back what `save` saved, and cut the log to it; returns the number of steps done."""
     path, step = state[0], state[1]["step"]
-    states.load(path, tensors_of(model, optimizer))
-    for p, kept in optimizer.state.items():
-        kept["step"] = torch.tensor(float(step), device=p.device)
+    states.load(path, step, model, optimizer)
     if team.rank == 0:
         log = Path(run.out) / "log.jsonl"
         kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
@@ -375,20 +310,6 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def share(run: Run, batch: torch.Tensor, team: Team) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's tokens and targets of a batch (batch_size, context + 1): of its rows, its
-    piece. Where rows are short for all, it gets one whose targets are all -100."""
-    teams = team.size // team.contexts
-    rows = batch[team.rank // team.contexts::teams]
-    tokens, targets = rows[:, :-1], rows[:, 1:]  # split after the shift: no target is lost
-    if len(rows) < math.ceil(run.batch_size / teams):
-        tokens = torch.cat([tokens, batch[:1, :-1]])
-        targets = torch.cat([targets, torch.full_like(batch[:1, 1:], -100)])
-    piece = run.context // team.contexts
-    piece = slice(team.rank % team.contexts * piece, (team.rank % team.contexts + 1) * piece)
-    return tokens[:, piece], targets[:, piece]
-
-
 def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer,
                    batch: torch.Tensor, dtype: torch.dtype, pattern: dict,
                    team: Team) -> tuple[float, float]:
@@ -396,7 +317,7 @@ def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optim
     norm, over all processes. Where one is not finite, nothing is updated."""
     device = model.lm_head.weight.device
     loss = 0.0
-    parts = list(zip(*(x.split(run.micro_batch) for x in share(run, batch, team))))
+    parts = list(zip(*(x.split(run.micro_batch) for x in team.share(batch))))
     for i, (tokens, targets) in enumerate(parts, 1):
         scored = (targets != -100).sum().item() / (run.batch_size * run.context)
         if team.size > 1:
@@ -419,13 +340,8 @@ def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optim
     return loss, norm
 
 
-def print0(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
-
-
 def main(run: Run) -> None:
-    device, team = join(run)
+    device, team = join(run.context_parallel)
     out, main_process = Path(run.out), team.rank == 0
     dtype = compute_dtype(run.dtype, device)
     check_out(run)
@@ -440,13 +356,9 @@ def main(run: Run) -> None:
         stored = model.lm_head.weight.dtype
     resolve(run, model)
     pattern = attention_pattern(run.attention, run.group_size)
-    splits = ("train", "valid", "test")
-    if team.size > 1 and not main_process:
-        dist.barrier()  # the first process encodes texts, the others find them encoded
-    train, valid, test = (open_tokens(run.data, run.model, model.config.vocab_size, split)
-                          for split in splits)
-    if team.size > 1 and main_process:
-        dist.barrier()
+    with team.first_one_first():  # it encodes texts, the others find them encoded
+        train, valid, test = (open_tokens(run.data, run.model, model.config.vocab_size, split)
+                              for split in ("train", "valid", "test"))
     state = find_state(run, team) if run.resume else None
     if len(train) <= run.context:
         raise ValueError(f"--data {run.data}: {len(train):,} tokens to train on are too few for "
@@ -465,7 +377,7 @@ def main(run: Run) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob("*.partial"):  # by a process that was killed
             left.unlink()
-    place(run, model, device, dtype, team)
+    place(model, run.trainable, run.rank, device, dtype, team)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.
     results = state[1]["results"] if state else {"perplexity": {}}
@@ -505,8 +417,7 @@ def main(run: Run) -> None:
            f"{run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, "
            f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}{several}")
     if team.contexts > 1:
-        pattern["start"] = team.rank % team.contexts * (run.context // team.contexts)
-        pattern["before"] = lambda x, n: longlora.Halo.apply(x, n, team.group)
+        pattern |= team.part_of_a_sequence(run.context)
 
     interrupted = torch.zeros((), device=device)
     usual = signal.getsignal(signal.SIGINT)
@@ -573,10 +484,9 @@ def main(run: Run) -> None:
 if __name__ == "__main__":
     with prepare.one_line_errors():
         try:
-            main(parse())
-            if dist.is_initialized():
-                gc.collect()  # gloo may abort while a model of its shards is alive
-                dist.destroy_process_group()
+            run = parse()
+            show_plan(run) if run.plan else main(run)
+            leave()
         except torch.OutOfMemoryError as error:
             sys.exit(f"out of memory: {str(error).splitlines()[0]} Try --checkpointing, a smaller "
                      "--micro-batch or a shorter --context")

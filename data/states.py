@@ -2,8 +2,8 @@
 
 `torch.distributed.checkpoint` writes what is inside, each process its shards, and reads it again on
 any number of processes. A state is written beside and renamed, with the hashes of its files in
-manifest.json, so that one that was torn later is found out. PyTorch's part of it is a pickle: resume
-only from folders that you trust.
+manifest.json, so that one that was torn later is found out. PyTorch's part of it is a pickle:
+resume only from folders that you trust.
 """
 import hashlib
 import os
@@ -11,14 +11,31 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data.formats import read_json, write_json
 
 
-def save(folder: Path, step: int, tensors: dict, facts: dict) -> None:
-    """Write `tensors` (nested dicts of them) and `facts` (for JSON) as the state after `step`."""
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """What a state holds: the weights that train, and AdamW's two averages of their gradients."""
+    tensors = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors["weights"][name] = p.detach()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                kept = optimizer.state[p]
+                tensors[kind][name] = kept.setdefault(kind, torch.zeros_like(p.detach()))
+    return tensors
+
+
+def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+         facts: dict) -> None:
+    """Write the state after `step` steps, with `facts` (for JSON). Every process has to call it.
+    Raises OSError if it cannot be written; older states stay as they were."""
+    tensors = tensors_of(model, optimizer)
     alone, whole = not dist.is_initialized(), folder / f"step-{step:07}"
     main, partial = alone or dist.get_rank() == 0, folder / f"{whole.name}.partial"
     if main:
@@ -29,7 +46,11 @@ def save(folder: Path, step: int, tensors: dict, facts: dict) -> None:
         dist.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "assuming a single process", of a single process
-        dcp.save(tensors, checkpoint_id=partial, no_dist=alone)
+        try:
+            dcp.save(tensors, checkpoint_id=partial, no_dist=alone)
+        except CheckpointException as error:
+            problem = next(iter(error.failures.values()))[0]
+            raise OSError(f"{partial} cannot be written: {problem}") from None
     if main:
         write_json(partial / "manifest.json", {**facts, "step": step, "files": hashes(partial)})
         if whole.exists():  # it was torn, or we would have begun behind it
@@ -41,11 +62,14 @@ def save(folder: Path, step: int, tensors: dict, facts: dict) -> None:
         dist.barrier()
 
 
-def load(path: Path, tensors: dict) -> None:
-    """Fill `tensors` in place with those of the state `path`."""
+def load(path: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the state `path`, of `step` steps, into a model and its optimizer."""
+    tensors = tensors_of(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+    for p, kept in optimizer.state.items():
+        kept["step"] = torch.tensor(float(step), device=p.device)
 
 
 def newest(folder: Path) -> tuple[Path, dict] | None:

@@ -1,0 +1,216 @@
+"""What a training run will take, before a machine is rented: `python train.py --plan`.
+
+Nothing is loaded. Weights, gradients and AdamW's averages are arithmetic. Activations are not: a
+formula for them would drift from the code, so the model itself runs a micro-step on fake tensors
+(shapes without data), and the storages that are alive are counted. Two and three layers suffice: at
+each place of the step, what is alive is a line in their number, so 80 layers cost no more.
+
+Left out, a few per cent together: what kernels allocate inside, and rounding by the allocators.
+"""
+import contextlib
+import dataclasses
+import math
+import weakref
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import longlora
+from eval import autocast
+
+CUDA_GIB, FRAGMENTED = 1, 0.05  # what CUDA itself takes; what its allocator cannot use
+
+# The places of a step where memory can peak: forward pass and loss, backward pass of the last
+# layer, that of the first one. In between, kept activations go and gradients come at a steady rate.
+LOSS, TOP, BETWEEN, BOTTOM = range(4)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made under it and that are alive, but not of those in
+    `known`. `peaks` has the most at each place, and how much of it is gradients: they count only if
+    `gradients_count`."""
+
+    def __init__(self, gradients_count: bool):
+        super().__init__()
+        self.known, self.live, self.gradients, self.host = set(), 0, 0, 0
+        self.place, self.peaks, self.gradients_count = LOSS, [(0, 0)] * 4, gradients_count
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:  # else a view, or changed in place
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+        self.arrive(self.place)
+        return out
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def arrive(self, place: int) -> None:
+        self.place = max(self.place, place)  # a recomputed layer passes its hooks again
+        there = self.gradients * self.gradients_count
+        self.peaks[self.place] = max(self.peaks[self.place], (self.live + there, there))
+
+    def keep_gradient(self, p: nn.Parameter) -> None:
+        self.live -= p.grad.nbytes
+        self.gradients += p.grad.nbytes
+
+    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+        self.host += 1 << max(0, x.nbytes - 1).bit_length()  # pinned blocks are powers of two
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def fake(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+
+
+def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype, offload: bool,
+               gradients_count: bool, **pattern) -> LiveBytes:
+    """Forward and backward of a model from the meta device on tokens of `shape`, counted."""
+    live, hooks = LiveBytes(gradients_count), contextlib.nullcontext()
+    if offload:
+        hooks = torch.autograd.graph.saved_tensors_hooks(live.to_host, fake)
+
+    def mark(module: nn.Module, place: int) -> None:
+        """The step is at `place` from when the gradient of the module's input is known."""
+        def watch(_, inputs: tuple) -> None:
+            inputs[0].register_hook(lambda _: live.arrive(place))
+        module.register_forward_pre_hook(watch)
+
+    mark(model.model.norm, TOP)
+    mark(model.model.layers[-1], BETWEEN)
+    mark(model.model.layers[1], BOTTOM)
+    with FakeTensorMode():
+        weights = {name: fake(p) for name, p in model.named_parameters()}
+        model.load_state_dict(weights, strict=False, assign=True)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        for p in model.parameters():
+            live.known.add(p.untyped_storage()._cdata)
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(live.keep_gradient)
+        with live:
+            tokens, targets = (torch.empty(shape, dtype=torch.long) for _ in range(2))
+            with autocast(torch.device("cpu"), dtype), hooks:
+                loss = model(tokens, targets, **pattern) * 1.0
+            loss.backward()
+    return live
+
+
+def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, trainable: str,
+         rank: int, batch_size: int, micro_batch: int, checkpointing: bool, offload: bool,
+         dtype: torch.dtype, gpus: int = 1, contexts: int = 1, shift: bool = True) -> dict:
+    """What a step of train.py takes: memory and communication (received) in bytes per GPU, FLOPs
+    over all GPUs. `group_size` None: full attention.
+
+    The parts of the memory are those at the moment of the peak, and add up to `peak`; of `layer`
+    and `loss` the larger counts. `gathered` is FSDP's; `host` is in host memory. FLOPs are the
+    useful ones: no recomputation, gradients of weights only where they train, of attention only
+    what is visible, and its backward pass as twice the forward (a flash kernel does 2.5 times).
+    """
+    L, D = config.num_hidden_layers, config.head_dim
+    H, H_kv, C = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+    rows = math.ceil(batch_size / (gpus // contexts))
+    micro_steps = math.ceil(rows / micro_batch)
+    pattern = {"group_size": group_size, "shift": shift}
+    if contexts > 1:  # keys and values as longlora.Halo makes them
+        pattern["before"] = lambda x, n: torch.cat([x[:, :, -n:], x], dim=2)
+
+    counted = []
+    for layers in (2, 3):
+        with torch.device("meta"):  # as train.place does it
+            model = longlora.Llama(dataclasses.replace(config, num_hidden_layers=layers))
+            model.to(torch.float32 if trainable == "full" else dtype)
+            if trainable != "full":
+                longlora.add_lora(model, rank, dtype=dtype)
+            longlora.set_trainable(model, trainable)
+        model.model.checkpointing = checkpointing or offload
+        shape = min(rows, micro_batch), context // contexts
+        counted.append(micro_step(model, shape, dtype, offload, micro_steps == 1,
+                                  **pattern))
+
+    def at_depth(two: int, three: int) -> int:
+        return two + (three - two) * (L - 2)
+
+    # A layer, and the rest, are what FSDP gathers at a time: weights, those that train, bytes.
+    layer, rest = [0, 0, 0], [0, 0, 0]
+    lora = 0
+    for name, p in model.named_parameters():
+        if ".layers." not in name or ".layers.0." in name:
+            part = layer if ".layers." in name else rest
+            for i, n in enumerate((p.numel(), p.numel() * p.requires_grad, p.nbytes)):
+                part[i] += n
+            lora += L * p.numel() * ("lora_" in name)
+    parameters, trained, stored = (L * one + other for one, other in zip(layer, rest))
+
+    # Gradients are float32. In a single micro-step they come as the backward pass goes: they were
+    # counted, and FSDP has no more than the shards of all, and whole a layer's, the buffer that
+    # these are sent from, and the rest's. With more micro-steps all are kept, by FSDP whole too.
+    most = 4 * (trained // gpus + 2 * layer[1] + rest[1]) if gpus > 1 else 4 * trained
+    totals = {}  # at each place: bytes, of these what grows with the layers, and gradients
+    for place in (LOSS, TOP, BOTTOM):
+        (two, some), (three, more) = (live.peaks[place] for live in counted)
+        two, three = two - some, three - more
+        there = 4 * trained if micro_steps > 1 else min(at_depth(some, more), most)
+        totals[place] = at_depth(two, three) + there, L * (three - two), there
+    _, kept, there = max(totals.values())
+    memory = {"weights": stored // gpus, "optimizer": 8 * trained // gpus,
+              "gathered": 2 * layer[2] + rest[2] if gpus > 1 else 0,
+              "gradients": there, "kept": kept,
+              "layer": max(0, max(totals[TOP], totals[BOTTOM])[0] - kept - there),
+              "loss": max(0, totals[LOSS][0] - kept - there)}
+    peak = sum(memory.values()) - min(memory["layer"], memory["loss"])
+
+    linear = L * C * (2 * (H + H_kv) * D + 3 * config.intermediate_size) + C * config.vocab_size
+    visible = (min(group_size or context, context) + 1) / 2  # keys of a query, on average
+    attention = 4 * visible * H * D * L  # FLOPs of a token, forward
+    by_weights = 2 * (linear if trainable == "full" else lora if "lora" in trainable else 0)
+    flops = batch_size * context * (4 * (linear + lora) + by_weights + 3 * attention)
+
+    received = (gpus - 1) / gpus  # of what is gathered: the rest is a process's own
+    halo = 0
+    if contexts > 1 and shift:  # keys and values, again where recomputed, and gradients back
+        halo = 2 * rows * L * (group_size // 2) * math.ceil(H_kv / 2) * D * dtype.itemsize
+        halo *= 3 if checkpointing or offload else 2
+    return {"parameters": parameters, "trained": trained, "lora": lora, **memory, "peak": peak,
+            "host": at_depth(*(live.host for live in counted)), "flops": round(flops),
+            "gather": round(received * micro_steps * (2 * L * layer[2] + rest[2])),
+            "reduce": round(received * 4 * trained), "halo": halo,
+            "tokens": batch_size * context, "micro_steps": micro_steps}
+
+
+TABLE = {
+    "parameters": {"parameters": "all", "trained": "that train", "lora": "of them LoRA's"},
+    "GiB in each GPU at its peak": {
+        "weights": "weights", "optimizer": "AdamW's averages", "gathered": "weights gathered",
+        "gradients": "gradients", "kept": "activations kept", "layer": "one layer at work",
+        "loss": "or the loss, if more", "peak": "peak", "host": "besides, in host memory"},
+    "TFLOP in a step, over all GPUs": {"flops": "useful work"},
+    "GB received by each GPU in a step": {
+        "gather": "weights", "reduce": "gradients", "halo": "keys and values"}}
+
+
+def report(numbers: dict, gpu_memory: float) -> str:
+    """The numbers of `plan` as a table, and whether GPUs of `gpu_memory` GiB suffice."""
+    lines = [f"A step has {numbers['tokens']:,} tokens, in micro-steps: {numbers['micro_steps']}"]
+    for title, names in TABLE.items():
+        unit = {"GiB": 2**30, "TFLOP": 1e12, "GB": 1e9}.get(title.split()[0], 1)
+        lines += ["", title]
+        for name, text in names.items():
+            value = numbers[name] / unit
+            lines.append(f"    {text:<24}{value:>18,.{0 if unit == 1 else 2}f}")
+    needed = numbers["peak"] / 2**30 * (1 + FRAGMENTED) + CUDA_GIB
+    verdict = "suffice" if needed <= gpu_memory else "do not suffice"
+    remedies = (" Try more GPUs, --checkpointing, --offload, --context-parallel or a smaller "
+                "--micro-batch.") * (needed > gpu_memory)
+    return "\n".join(lines) + (
+        f"\n\n{gpu_memory:g} GiB a GPU {verdict}: {needed:.1f} are needed, with {FRAGMENTED:.0%} "
+        f"for fragmentation and {CUDA_GIB} GiB for CUDA itself.{remedies}")

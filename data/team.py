@@ -1,0 +1,120 @@
+"""Several processes on one run, on PyTorch's own engine. The model knows nothing of it.
+
+They share the work in two ways. FSDP2 shards parameters, gradients and optimizer over all of them;
+each gathers a layer when it needs it. And they share the sequences of a batch; with contexts > 1
+every `contexts` neighbours share one sequence, see `longlora.Halo`.
+"""
+import contextlib
+import gc
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+
+import longlora
+from eval import default_device
+
+
+class Team(NamedTuple):
+    """This process among `size`. Every `contexts` neighbours share a sequence, in `group`."""
+    rank: int = 0
+    size: int = 1
+    contexts: int = 1
+    mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+
+    def share(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's tokens and targets of a batch (B, T + 1): of its rows, its part. Where
+        there are too few rows for all, one whose targets are all -100, so that all work in step."""
+        teams, place = self.size // self.contexts, self.rank % self.contexts
+        rows = batch[self.rank // self.contexts::teams]
+        tokens, targets = rows[:, :-1], rows[:, 1:]  # before T is split, or targets were lost
+        if len(rows) < math.ceil(len(batch) / teams):
+            tokens = torch.cat([tokens, batch[:1, :-1]])
+            targets = torch.cat([targets, torch.full_like(batch[:1, 1:], -100)])
+        return tuple(x.chunk(self.contexts, dim=1)[place] for x in (tokens, targets))
+
+    def part_of_a_sequence(self, context: int) -> dict:
+        """What the model has to be told of this process's part of `context` tokens."""
+        return {"start": self.rank % self.contexts * (context // self.contexts),
+                "before": lambda x, n: longlora.Halo.apply(x, n, self.group)}
+
+    @contextlib.contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        if self.size > 1 and self.rank > 0:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.rank == 0:
+            dist.barrier()
+
+
+def join(contexts: int) -> tuple[torch.device, Team]:
+    """This process's device, and its place among those that torchrun has started."""
+    device, size = default_device(), int(os.environ.get("WORLD_SIZE", 1))
+    if contexts < 1 or size % contexts:
+        raise ValueError(f"--context-parallel {contexts} does not divide {size} processes; "
+                         "torchrun --nproc-per-node N starts N")
+    if size == 1:
+        return device, Team()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one machine torchrun's store outlives a restart, with the addresses of dead processes.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=size)
+    mesh = init_device_mesh(device.type, (size,))
+    both = init_device_mesh(device.type, (size // contexts, contexts),
+                            mesh_dim_names=("data", "context"))
+    return device, Team(rank, size, contexts, mesh, both["context"].get_group())
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        gc.collect()  # gloo may abort while a model of its shards is alive
+        dist.destroy_process_group()
+
+
+def print0(text: str) -> None:
+    """Print on the first process alone, and not into a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def place(model: longlora.Llama, trainable: str, rank: int, device: torch.device,
+          dtype: torch.dtype, team: Team) -> None:
+    """Add LoRA of that rank, choose what trains, and bring the model to the device: whole, or this
+    process's shards of it. What is frozen becomes `dtype`.
+
+    `model` lies in its mapped files until then, and a process reads only the rows that it keeps.
+    """
+    if trainable == "full":
+        dtype = torch.float32
+    else:
+        longlora.add_lora(model, rank, 2 * rank, dtype=dtype)
+    if team.size == 1:
+        longlora.set_trainable(model.to(device, dtype), trainable)
+        return
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    model.to("meta", dtype)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    longlora.set_trainable(model, trainable)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=team.mesh)
+    fully_shard(model, mesh=team.mesh)
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        rows = weights.pop(name).detach().chunk(team.size)  # as FSDP shards: the last may be short
+        if team.rank < len(rows):
+            p.to_local().detach().copy_(rows[team.rank])
