@@ -1301,6 +1301,7 @@ def test_a_torn_state_is_passed_over_for_an_older_one(harm, files, tmp_path, com
     capfd.readouterr()
     assert command("train.py", *RUN, "--out", out, "--save-every", 2, "--resume")[0] == 0
     torch.testing.assert_close(weights(out), before, rtol=0, atol=0)
+    assert [path.name for path in states.states(out / "states")] == [newest.name, older.name]
 
 
 # So many kills here; of KILLS=50 pytest -k killed_runs (six minutes) 50 came out the same.

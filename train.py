@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare, states
-from data.team import Team, join, leave, place, print0
+from data.team import Team, join, leave, peak_memory, place, print0
 from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, load_tokenizer,
                   open_tokens, perplexity)
 
@@ -172,18 +171,8 @@ def show_plan(run: Run) -> None:
     with torch.device("meta"):
         model = longlora.Llama(longlora.load_config(run.model, run.context))
     resolve(run, model)
-    if run.gpus % run.context_parallel:
-        raise ValueError(f"--context-parallel {run.context_parallel} does not divide --gpus "
-                         f"{run.gpus}")
-    names = ("context", "trainable", "rank", "batch_size", "micro_batch", "checkpointing",
-             "offload", "gpus")
-    settings = {"group_size": None} | attention_pattern(run.attention, run.group_size) | {
-        name: getattr(run, name) for name in names}
-    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
-    print(f"{run.model} at {run.context:,} tokens, {run.attention} attention, {run.trainable} "
-          f"train, {str(dtype)[6:]}; GPUs: {run.gpus}\n")
-    numbers = plan.plan(model.config, contexts=run.context_parallel, dtype=dtype, **settings)
-    print(plan.report(numbers, run.gpu_memory))
+    pattern = attention_pattern(run.attention, run.group_size)
+    print(plan.of_run(run, model.config, pattern))
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -273,14 +262,6 @@ def restore(run: Run, state: tuple[Path, dict], model: longlora.Llama,
 
 # --------------------------------------------------------------------------------------------------
 # The run
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: CUDA's allocations since training began, else the most that the process ever held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def check_out(run: Run) -> None:
@@ -406,8 +387,9 @@ def main(run: Run) -> None:
          {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
         lr=run.lr, betas=(0.9, 0.95), fused=True)
 
-    if state is None and main_process:
-        for path in [path for name in FILES for path in out.glob(name)]:
+    if state is None and main_process:  # what else is there is replaced by the first save
+        for path in [path for name in (FILES if run.overwrite else ["log.jsonl"])
+                     for path in out.glob(name)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     first = restore(run, state, model, optimizer, team) if state else 0
     size, some = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained))

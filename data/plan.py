@@ -214,3 +214,17 @@ def report(numbers: dict, gpu_memory: float) -> str:
     return "\n".join(lines) + (
         f"\n\n{gpu_memory:g} GiB a GPU {verdict}: {needed:.1f} are needed, with {FRAGMENTED:.0%} "
         f"for fragmentation and {CUDA_GIB} GiB for CUDA itself.{remedies}")
+
+
+def of_run(run, config: longlora.LlamaConfig, pattern: dict) -> str:
+    """The report for train.py's settings. Raises ValueError if they do not fit together."""
+    if run.gpus % run.context_parallel:
+        raise ValueError(f"--context-parallel {run.context_parallel} does not divide --gpus "
+                         f"{run.gpus}")
+    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
+    numbers = plan(config, context=run.context, trainable=run.trainable, rank=run.rank,
+                   batch_size=run.batch_size, micro_batch=run.micro_batch,
+                   checkpointing=run.checkpointing, offload=run.offload, dtype=dtype, gpus=run.gpus,
+                   contexts=run.context_parallel, **{"group_size": None} | pattern)
+    return (f"{run.model} at {run.context:,} tokens, {run.attention} attention, {run.trainable} "
+            f"train, {str(dtype)[6:]}; GPUs: {run.gpus}\n\n" + report(numbers, run.gpu_memory))

@@ -44,20 +44,24 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim
         partial.mkdir(parents=True)
     if not alone:
         dist.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "assuming a single process", of a single process
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "assuming a single process", of a single process
             dcp.save(tensors, checkpoint_id=partial, no_dist=alone)
-        except CheckpointException as error:
-            problem = next(iter(error.failures.values()))[0]
-            raise OSError(f"{partial} cannot be written: {problem}") from None
-    if main:
-        write_json(partial / "manifest.json", {**facts, "step": step, "files": hashes(partial)})
-        if whole.exists():  # it was torn, or we would have begun behind it
-            shutil.rmtree(whole)
-        os.replace(partial, whole)
-        for old in states(folder)[2:]:
-            shutil.rmtree(old)
+        if main:
+            write_json(partial / "manifest.json", {**facts, "step": step, "files": hashes(partial)})
+            if whole.exists():  # it was torn, or we would have begun behind it
+                shutil.rmtree(whole)
+            os.replace(partial, whole)
+            ahead = [old for old in states(folder) if old.name > whole.name]  # torn, passed over
+            for old in ahead + states(folder)[len(ahead) + 2:]:
+                shutil.rmtree(old)
+    except CheckpointException as error:
+        problem = next(iter(error.failures.values()))[0]
+        raise OSError(f"{partial} cannot be written: {problem}") from None
+    finally:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
     if not alone:
         dist.barrier()
 

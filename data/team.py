@@ -8,6 +8,8 @@ import contextlib
 import gc
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -118,3 +120,11 @@ def place(model: longlora.Llama, trainable: str, rank: int, device: torch.device
         rows = weights.pop(name).detach().chunk(team.size)  # as FSDP shards: the last may be short
         if team.rank < len(rows):
             p.to_local().detach().copy_(rows[team.rank])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: CUDA's allocations since training began, else the most that the process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
