@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -399,55 +398,6 @@ class Llama(nn.Module):
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if deep else 0.02
                 nn.init.normal_(p, std=std)
-
-
-# --------------------------------------------------------------------------------------------------
-# Context parallelism
-
-
-class Halo(torch.autograd.Function):
-    """One sequence over several processes, each with whole groups. Unshifted heads need nothing of
-    each other. Of the shifted ones, a process needs the keys and values of the G/2 tokens before
-    its own, and nothing else, whatever T is: attention is causal, so they go in one direction.
-
-        process 0                 process 1                 process 2
-        [  G  ][  G  ][  G  ]     [  G  ][  G  ][  G  ]     [  G  ][  G  ][  G  ]     unshifted
-        [G/2][  G  ][  G  ][G/2]->[G/2][  G  ][  G  ][G/2]->[G/2][  G  ][  G  ][G/2]  shifted
-
-    `Halo.apply(x, n, group)`: x (B, h, T, D) with the n tokens before it, (B, h, n + T, D). The
-    last n go to the next process of `group`; in the backward pass their gradients come back.
-    """
-
-    @staticmethod
-    def forward(ctx, x, n, group):
-        ctx.n, ctx.group = n, group
-        before = exchange(x[:, :, -n:], group, 1)
-        # The first process returns its x, or its backward would not run, and the next one hang.
-        return x.view_as(x) if before is None else torch.cat([before, x], dim=2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        n = ctx.n
-        after = exchange(grad[:, :, :n], ctx.group, -1)
-        grad = grad[:, :, n if ctx.group.rank() else 0:].clone()
-        if after is not None:
-            grad[:, :, -n:] += after
-        return grad, None, None
-
-
-def exchange(x: torch.Tensor, group: dist.ProcessGroup, step: int) -> torch.Tensor | None:
-    """Give x to the process `step` further on; returns what the one before gives (None: no one)."""
-    rank, size, works, got = group.rank(), group.size(), [], None
-    if 0 <= rank + step < size:
-        to = dist.get_global_rank(group, rank + step)
-        works.append(dist.P2POp(dist.isend, x.contiguous(), to, group))
-    if 0 <= rank - step < size:
-        got = torch.empty_like(x, memory_format=torch.contiguous_format)
-        source = dist.get_global_rank(group, rank - step)
-        works.append(dist.P2POp(dist.irecv, got, source, group))
-    for work in dist.batch_isend_irecv(works):
-        work.wait()
-    return got
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import longlora
 import train
-from data import formats, prepare, states
+from data import formats, prepare, states, team
 from data.plan import micro_step, plan, report
 from longlora import Llama, LlamaConfig, shifted_sparse_attention
 
@@ -1206,7 +1206,7 @@ def halo_worker(rank, size, store, failures):
         part = [x[:, :, piece].detach().requires_grad_() for x in whole]
         sent.clear()
         out = shifted_sparse_attention(
-            *part, G, before=lambda x, n: longlora.Halo.apply(x, n, dist.group.WORLD))
+            *part, G, before=lambda x, n: team.Halo.apply(x, n, dist.group.WORLD))
         forward = sum(sent)
         got = torch.autograd.grad(out, part, weight[:, :, piece])
         for x, y in zip([out, *got], [expected, *wanted]):

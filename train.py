@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 train.py ...                 # on 8 GPUs
     python train.py --help
 
-What several processes do with each other is in data/team.py, and in `longlora.Halo`.
+What several processes do with each other is in data/team.py.
 """
 import argparse
 import contextlib

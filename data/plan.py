@@ -121,7 +121,7 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
     rows = math.ceil(batch_size / (gpus // contexts))
     micro_steps = math.ceil(rows / micro_batch)
     pattern = {"group_size": group_size, "shift": shift}
-    if contexts > 1:  # keys and values as longlora.Halo makes them
+    if contexts > 1:  # keys and values as team.Halo makes them
         pattern["before"] = lambda x, n: torch.cat([x[:, :, -n:], x], dim=2)
 
     counted = []

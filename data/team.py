@@ -2,7 +2,7 @@
 
 They share the work in two ways. FSDP2 shards parameters, gradients and optimizer over all of them;
 each gathers a layer when it needs it. And they share the sequences of a batch; with contexts > 1
-every `contexts` neighbours share one sequence, see `longlora.Halo`.
+every `contexts` neighbours share one sequence, see `Halo`.
 """
 import contextlib
 import gc
@@ -21,6 +21,51 @@ from tqdm import tqdm
 
 import longlora
 from eval import default_device
+
+
+class Halo(torch.autograd.Function):
+    """One sequence over several processes, each with whole groups. Unshifted heads need nothing of
+    each other. Of the shifted ones, a process needs the keys and values of the G/2 tokens before
+    its own, and nothing else, whatever T is: attention is causal, so they go in one direction.
+
+        process 0                 process 1                 process 2
+        [  G  ][  G  ][  G  ]     [  G  ][  G  ][  G  ]     [  G  ][  G  ][  G  ]     unshifted
+        [G/2][  G  ][  G  ][G/2]->[G/2][  G  ][  G  ][G/2]->[G/2][  G  ][  G  ][G/2]  shifted
+
+    `Halo.apply(x, n, group)`: x (B, h, T, D) with the n tokens before it, (B, h, n + T, D). The
+    last n go to the next process of `group`; in the backward pass their gradients come back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, n, group):
+        ctx.n, ctx.group = n, group
+        before = exchange(x[:, :, -n:], group, 1)
+        # The first process returns its x, or its backward would not run, and the next one hang.
+        return x.view_as(x) if before is None else torch.cat([before, x], dim=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n = ctx.n
+        after = exchange(grad[:, :, :n], ctx.group, -1)
+        grad = grad[:, :, n if ctx.group.rank() else 0:].clone()
+        if after is not None:
+            grad[:, :, -n:] += after
+        return grad, None, None
+
+
+def exchange(x: torch.Tensor, group: dist.ProcessGroup, step: int) -> torch.Tensor | None:
+    """Give x to the process `step` further on; returns what the one before gives (None: no one)."""
+    rank, size, works, got = group.rank(), group.size(), [], None
+    if 0 <= rank + step < size:
+        to = dist.get_global_rank(group, rank + step)
+        works.append(dist.P2POp(dist.isend, x.contiguous(), to, group))
+    if 0 <= rank - step < size:
+        got = torch.empty_like(x, memory_format=torch.contiguous_format)
+        source = dist.get_global_rank(group, rank - step)
+        works.append(dist.P2POp(dist.irecv, got, source, group))
+    for work in dist.batch_isend_irecv(works):
+        work.wait()
+    return got
 
 
 class Team(NamedTuple):
@@ -45,7 +90,7 @@ class Team(NamedTuple):
     def part_of_a_sequence(self, context: int) -> dict:
         """What the model has to be told of this process's part of `context` tokens."""
         return {"start": self.rank % self.contexts * (context // self.contexts),
-                "before": lambda x, n: longlora.Halo.apply(x, n, self.group)}
+                "before": lambda x, n: Halo.apply(x, n, self.group)}
 
     @contextlib.contextmanager
     def first_one_first(self) -> Iterator[None]:
