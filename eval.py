@@ -50,7 +50,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # Without its cache, which would hold a second copy of all that trains until the pass is over.
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def attention_pattern(attention: str, group_size: int) -> dict:

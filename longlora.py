@@ -659,7 +659,7 @@ def save_model(model: Llama, path: str | Path | None, dtype: torch.dtype | None 
     def merged(name: str) -> torch.Tensor:
         module, kind = modules[name.removesuffix(".weight")], dtype or weights[name].dtype
         lora = isinstance(module, LoRALinear)
-        tensor = module.merged(kind) if lora else gathered(weights[name]).to(kind)
+        tensor = gathered(module.merged(kind) if lora else weights[name]).to(kind)
         bar.update(tensor.nbytes)
         return tensor
 
@@ -667,6 +667,8 @@ def save_model(model: Llama, path: str | Path | None, dtype: torch.dtype | None 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
     files, n = {}, len(shards)
+    if path and n > 1:  # so that a folder is refused while its shards are of two saves
+        (path / "model.safetensors.index.json").unlink(missing_ok=True)
     with bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"

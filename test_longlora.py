@@ -1275,6 +1275,41 @@ def test_processes_give_what_one_gives(processes, contexts, launchers, more, fil
     assert sum(text.count("Written to") for text in printed) == 1  # one process speaks
 
 
+SHARD = """
+import re, sys, torch
+import longlora
+from data.team import *
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+device, team = join(1)
+place(longlora.load_model(sys.argv[1]), "lora,embed,norm", 2, device, torch.bfloat16, team)
+before, model = anonymous(), longlora.load_model(sys.argv[2])
+place(model, "lora,embed,norm", 2, device, torch.bfloat16, team)
+assert not any(p.is_meta for p in model.parameters())
+shard = sum(p.to_local().nbytes for p in model.parameters())
+share = shard / sum(p.nbytes for p in model.parameters())
+sys.stdout.write(f"held {(anonymous() - before) / shard:.3f} {share:.3f}\\n")
+sys.stdout.flush()
+dist.barrier()
+del model
+leave()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_each_process_holds_its_shard(files, tmp_path):
+    """Of a model in mapped files: no more than that in memory of its own."""
+    model = tiny(hidden_size=512, intermediate_size=2048, num_hidden_layers=20).bfloat16()
+    longlora.save_model(model, tmp_path / "model")
+    (tmp_path / "shard.py").write_text(SHARD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "3", tmp_path / "shard.py", files / "model", tmp_path / "model"]
+    run = subprocess.run(list(map(str, command)), text=True, stdout=subprocess.PIPE, check=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    held = [(float(own), float(part)) for own, part in re.findall(r"held (\S+) (\S+)", run.stdout)]
+    assert len(held) == 3 and all(own < 1.15 and part < 0.34 for own, part in held), run.stdout
+
+
 def test_a_run_continues_on_another_number_of_processes(files, tmp_path, command):
     """One takes 6 of 7 steps, two the last: as one alone, within rounding."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -150,6 +150,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
                              f"got {value}")
     longlora.trainable_parts(run.trainable)
+    longlora.load_config(run.model, run.context)  # refuses what is beyond a sliding window
     if run.passkey and run.context < prepare.PASSKEY_TOKENS:
         raise ValueError(f"--passkey needs a --context of {prepare.PASSKEY_TOKENS} tokens at least")
     if run.context_parallel > 1:
@@ -205,8 +206,9 @@ def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tens
 # --------------------------------------------------------------------------------------------------
 # Saving and resuming
 
-FILES = ("log.jsonl", "results.json", "states", "adapter_config.json", "adapter_model.safetensors",
-         "longlora.json", "config.json", "model*.safetensors*", *longlora.COMPANIONS)
+# The log, by which a folder of a run is known, goes last when they are removed.
+FILES = ("results.json", "states", "adapter_config.json", "adapter_model.safetensors",
+         "longlora.json", "config.json", "model*.safetensors*", *longlora.COMPANIONS, "log.jsonl")
 
 
 def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step: int,
@@ -226,8 +228,8 @@ def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step
 
 
 # May differ between a run and its continuation.
-FREE = {"out", "resume", "overwrite", "eval_every", "eval_tokens", "save_every", "compile",
-        "checkpointing", "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
+FREE = {"out", "resume", "overwrite", "eval_every", "save_every", "compile", "checkpointing",
+        "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
 
 
 def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:
@@ -357,7 +359,8 @@ def main(run: Run) -> None:
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob("*.partial"):  # by a process that was killed
-            left.unlink()
+            if left.is_file():
+                left.unlink()
     place(model, run.trainable, run.rank, device, dtype, team)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.

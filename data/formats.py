@@ -206,6 +206,7 @@ def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
             length, start = numel * dtype.itemsize, starts[key]
             if (min(offset, numel, *shape, *stride) < 0 or start + length > len(data)
+                    or max(offset, *shape, *stride, 0) >= 1 << 62
                     or len(shape) > 8 or math.prod(n or 1 for n in shape) >= 1 << 60
                     or math.prod(shape) > numel or last >= numel > 0):
                 raise ValueError(f"{name!r} does not fit its bytes")
@@ -282,7 +283,9 @@ def unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
         return found
 
     def call(function: Global, arguments: tuple) -> object:
-        if function == "collections OrderedDict" and arguments == ():
+        if type(function) is not Global or type(arguments) is not tuple:
+            raise ValueError("it calls what is no function")
+        if function == "collections OrderedDict" and not arguments:
             return {}
         if function == "torch._utils _rebuild_parameter":
             return arguments[0]

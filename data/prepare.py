@@ -43,7 +43,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of many processes one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's processes one says it
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}",
                   file=sys.stderr)
         sys.exit(2)

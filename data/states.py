@@ -71,7 +71,11 @@ def load(path: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.O
     tensors = tensors_of(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        try:
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            problem = next(iter(error.failures.values()))[0]
+            raise ValueError(f"{path} does not fit this model: {problem}") from None
     for p, kept in optimizer.state.items():
         kept["step"] = torch.tensor(float(step), device=p.device)
 
@@ -84,7 +88,7 @@ def newest(folder: Path) -> tuple[Path, dict] | None:
             if facts.pop("files", None) == hashes(path) and {"step", "run"} <= facts.keys():
                 return path, facts
             problem = "its files are not those that were written"
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError) as error:  # a disk that fails is no torn state
             problem = error
         print(f"{path} is broken ({problem}): looking for an older state")
     return None

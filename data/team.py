@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -94,10 +95,12 @@ class Team(NamedTuple):
 
     @contextlib.contextmanager
     def first_one_first(self) -> Iterator[None]:
-        if self.size > 1 and self.rank > 0:
+        """The first process of each machine, then the others."""
+        others = os.environ.get("LOCAL_RANK", "0") != "0"
+        if self.size > 1 and others:
             dist.barrier()
         yield
-        if self.size > 1 and self.rank == 0:
+        if self.size > 1 and not others:
             dist.barrier()
 
 
@@ -110,7 +113,11 @@ def join(contexts: int) -> tuple[torch.device, Team]:
     if size == 1:
         return device, Team()
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ.get("LOCAL_RANK", -1))
+        if not 0 <= local < torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK {local}, but {torch.cuda.device_count()} GPUs here: "
+                             "start as many processes a machine as it has GPUs, by torchrun")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -119,7 +126,7 @@ def join(contexts: int) -> tuple[torch.device, Team]:
         # On one machine torchrun's store outlives a restart, with the addresses of dead processes.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=size)
+                            world_size=size, timeout=timedelta(hours=1))  # one encodes or hashes
     mesh = init_device_mesh(device.type, (size,))
     both = init_device_mesh(device.type, (size // contexts, contexts),
                             mesh_dim_names=("data", "context"))
