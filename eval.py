@@ -49,9 +49,13 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    # Without its cache, which would hold a second copy of all that trains until the pass is over.
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+def autocast(device: torch.device, dtype: torch.dtype, sharded: bool | None = None
+             ) -> torch.autocast:
+    # Its cache of casts saves a tenth of the time of a small step; of FSDP's shards it would keep
+    # the whole weights until the pass is over.
+    sharded = dist.is_initialized() if sharded is None else sharded
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
+                          cache_enabled=not sharded)
 
 
 def attention_pattern(attention: str, group_size: int) -> dict:

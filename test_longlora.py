@@ -1364,7 +1364,7 @@ def test_killed_runs_end_as_if_they_had_not_been(files, tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux")
 def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    flags = ["--save-every", 1, "--resume", "--steps", 40]
+    flags = ["--save-every", 1, "--resume", "--steps", 20]
     torchrun(files, whole, *flags)
     run = torchrun(files, out, *flags, wait=False, elastic=["--max-restarts", "2"])
     while len(states.states(out / "states")) < 2:

@@ -73,7 +73,7 @@ def fake(x: torch.Tensor) -> torch.Tensor:
 
 
 def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype, offload: bool,
-               gradients_count: bool, **pattern) -> LiveBytes:
+               gradients_count: bool, sharded: bool = False, **pattern) -> LiveBytes:
     """Forward and backward of a model from the meta device on tokens of `shape`, counted."""
     live, hooks = LiveBytes(gradients_count), contextlib.nullcontext()
     if offload:
@@ -99,7 +99,7 @@ def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype
                 p.register_post_accumulate_grad_hook(live.keep_gradient)
         with live:
             tokens, targets = (torch.empty(shape, dtype=torch.long) for _ in range(2))
-            with autocast(torch.device("cpu"), dtype), hooks:
+            with autocast(torch.device("cpu"), dtype, sharded), hooks:
                 loss = model(tokens, targets, **pattern) * 1.0
             loss.backward()
     return live
@@ -134,7 +134,7 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
             longlora.set_trainable(model, trainable)
         model.model.checkpointing = checkpointing or offload
         shape = min(rows, micro_batch), context // contexts
-        counted.append(micro_step(model, shape, dtype, offload, micro_steps == 1,
+        counted.append(micro_step(model, shape, dtype, offload, micro_steps == 1, gpus > 1,
                                   **pattern))
 
     def at_depth(two: int, three: int) -> int:
