@@ -51,7 +51,8 @@ class LlamaConfig:
     """Hugging Face's `LlamaConfig`, as far as this model goes. The defaults are Llama-2-7B's.
 
     `max_position_embeddings` is the window in tokens. `rope_scaling` is None, {"rope_type":
-    "linear", "factor": f}, or Llama 3's own ("llama3"). Raises ValueError on sizes that do not fit.
+    "linear", "factor": f}, or Llama 3's own ("llama3"). `sliding_window` is a Mistral's: up to so
+    many tokens it is a Llama. Raises ValueError on sizes that do not fit.
     """
 
     vocab_size: int = 32000
@@ -65,6 +66,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
+    sliding_window: int | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -133,9 +135,13 @@ class LlamaConfig:
         """This config with a window of `context` tokens, by position interpolation (Section 3.1).
 
         The factor is ceil(context / window), times the factor that the model already has. No change
-        if it fits already. Raises ValueError for Llama 3's own scaling: nobody could read a file
-        that has both.
+        if it fits already. Raises ValueError beyond a sliding window, and for Llama 3's own
+        scaling: nobody could read a file that has both.
         """
+        reach = self.sliding_window
+        if reach is not None and not (type(reach) is int and context <= reach):
+            raise ValueError(f"sliding_window {reach!r} is shorter than a context of {context}, "
+                             "and beyond it this is no plain Llama; ask for less")
         if context <= self.max_position_embeddings:
             return self
         if self.rope_scaling and self.rope_scaling["rope_type"] == "llama3":
@@ -365,8 +371,8 @@ class Llama(nn.Module):
     that are not -100, where targets[b, t] is the token that follows tokens[b, t]. With `group_size`
     attention is S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer
     sequence, `start` is the first one's position, and `before` as in `shifted_sparse_attention`.
-    With `model.model.checkpointing = True` each
-    layer is computed again in the backward pass instead of keeping its activations.
+    With `model.model.checkpointing = True` each layer is computed again in the backward pass
+    instead of keeping its activations.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -584,13 +590,12 @@ def load_config(path: str | Path, context: int | None = None) -> LlamaConfig:
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     try:
         config = LlamaConfig(**{name: value for name, value in values.items() if name in known})
+        window = config.max_position_embeddings
+        if config.sliding_window is not None:
+            config.extended(context or window)  # refuses what is beyond it
+            window = min(window, config.sliding_window)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    context, reach = context or config.max_position_embeddings, values.get("sliding_window")
-    if reach is not None and not (type(reach) is int and reach >= context):
-        raise ValueError(f"{path}: sliding_window {reach!r} is shorter than a context of "
-                         f"{context}, and beyond it this is no plain Llama; ask for less")
-    window = min(config.max_position_embeddings, reach or 1 << 31)
     return dataclasses.replace(config, max_position_embeddings=window)
 
 

@@ -595,6 +595,23 @@ def test_a_mistral_is_a_llama_up_to_its_sliding_window(context, says, tmp_path):
         assert longlora.load_model(tmp_path, context=context).config.max_position_embeddings == 12
 
 
+@pytest.mark.parametrize("beyond", [{"sliding_window": 16}, {"rope_scaling": LLAMA3}])
+def test_what_cannot_be_extended_is_refused_wherever_it_is_asked(beyond, files, tmp_path, command):
+    """By merge, by an adapter's own context, and by train.py before it has measured the base."""
+    longlora.save_model(tiny(**beyond), tmp_path / "base")
+    adapter = lora_model()
+    adapter.extend(64)
+    longlora.save_adapter(adapter, tmp_path / "adapter")
+    for more in ({"context": 64}, {"adapter": tmp_path / "adapter"}):
+        with pytest.raises(ValueError, match="sliding_window|llama3"):
+            longlora.merge(tmp_path / "base", **{"adapter": None, **more}, out=tmp_path / "out")
+    for out in ((), ("--plan",)):
+        flags = ["--model", tmp_path / "base", "--out", tmp_path / "out", *out]
+        status, err = command("train.py", *RUN, *flags)
+        assert refused(status, err) and "held-out" not in err
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
 def test_llama3_scaling_takes_no_interpolation_on_top():
     model = tiny(rope_scaling={**LLAMA3, "type": "linear"})
     with pytest.raises(ValueError, match="llama3"):
@@ -1186,7 +1203,7 @@ def test_bad_input_is_one_line_and_exit_status_2(line, bad, files, command):
 # Several processes, and runs that survive ---------------------------------------------------------
 
 
-def halo_worker(rank, size, store, failures):
+def halo_worker(rank, size, store):
     """Shifted attention of `size` processes, each with a part of T, against that of one."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     sent, batch = [], dist.batch_isend_irecv
@@ -1220,7 +1237,7 @@ def halo_worker(rank, size, store, failures):
 @pytest.mark.parametrize("size", [2, 3])
 def test_context_parallel_attention_is_that_of_one_process(size, tmp_path):
     """In value and gradients; the traffic is 2 * (G/2) * (H_kv/2) * D elements a row and way."""
-    torch.multiprocessing.spawn(halo_worker, (size, tmp_path / "store", None), size)
+    torch.multiprocessing.spawn(halo_worker, (size, tmp_path / "store"), size)
 
 
 def torchrun(files, out, *flags, launchers=1, processes=2, wait=True, elastic=()):

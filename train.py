@@ -150,7 +150,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
                              f"got {value}")
     longlora.trainable_parts(run.trainable)
-    longlora.load_config(run.model, run.context)  # refuses what is beyond a sliding window
+    model.config.extended(run.context)  # refuses what has no interpolation, before any work
     if run.passkey and run.context < prepare.PASSKEY_TOKENS:
         raise ValueError(f"--passkey needs a --context of {prepare.PASSKEY_TOKENS} tokens at least")
     if run.context_parallel > 1:

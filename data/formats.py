@@ -129,15 +129,25 @@ def unique_names(pairs: list) -> dict:
     return names
 
 
+def is_name(name: object) -> bool:
+    return type(name) is str and len(name) <= 200 and name.isprintable()
+
+
+def is_shape(shape: list[int] | tuple[int, ...]) -> bool:
+    """Not so large, nor of so many dimensions, that PyTorch could not count its elements."""
+    return len(shape) <= 8 and min(shape, default=0) >= 0 and math.prod(
+        n or 1 for n in shape) < 1 << 60
+
+
 def read_entry(name: str, entry: dict) -> tuple[int, int, str, torch.dtype, list[int]]:
-    if len(name) > 200 or not name.isprintable():
+    if not is_name(name):
         raise ValueError(f"{name[:200]!r} is no tensor's name")
     (start, stop), shape = entry["data_offsets"], entry["shape"]
-    if type(shape) is not list or len(shape) > 8 or not all(
+    if type(shape) is not list or not all(
             type(n) is int and 0 <= n < 1 << 62 for n in (start, stop, *shape)):
         raise ValueError(f"{name}: shape and offsets must be whole numbers")
-    if math.prod(n or 1 for n in shape) >= 1 << 60:
-        raise ValueError(f"{name}: no tensor has shape {shape}")
+    if not is_shape(shape):
+        raise ValueError(f"{name}: no tensor has shape {shape[:8]}")
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name}: dtype {str(entry['dtype'])[:40]!r} is not supported")
     return start, stop, name, DTYPES[entry["dtype"]], shape
@@ -205,9 +215,8 @@ def read_pickled(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             (dtype, key, numel), offset, shape, stride = view
             last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
             length, start = numel * dtype.itemsize, starts[key]
-            if (min(offset, numel, *shape, *stride) < 0 or start + length > len(data)
-                    or max(offset, *shape, *stride, 0) >= 1 << 62
-                    or len(shape) > 8 or math.prod(n or 1 for n in shape) >= 1 << 60
+            if (not is_shape(shape) or min(offset, numel, *stride) < 0
+                    or max(offset, 0, *stride) >= 1 << 62 or start + length > len(data)
                     or math.prod(shape) > numel or last >= numel > 0):
                 raise ValueError(f"{name!r} does not fit its bytes")
     except Exception as error:  # what a broken file leads the readers of its parts to
@@ -321,7 +330,7 @@ def unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
         elif name in ("SETITEM", "SETITEMS"):
             items = pop(2 if name == "SETITEM" else None)
             for key, value in zip(items[::2], items[1::2], strict=True):
-                if type(key) is not str or len(key) > 200 or not key.isprintable():
+                if not is_name(key):
                     raise ValueError("a key that is no name")
                 stack[-1][key] = value
         elif name == "BINPERSID":
@@ -414,7 +423,8 @@ def read_config(folder: Path) -> dict:
 
 
 def read_model(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every weight, one after the other, under Hugging Face's names."""
+    """Name and tensor of every weight, one after the other, under Hugging Face's names. The folder
+    is one whose config was read and found good."""
     if not (folder / "config.json").is_file():
         yield from meta_tensors(folder)
         return
@@ -471,7 +481,8 @@ def meta_config(folder: Path) -> dict:
 def meta_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Shards joined along the dimension that Meta split; the rows of queries and keys, where pairs
     are neighbours, re-ordered so that they are halves."""
-    config, (first, *others) = meta_config(folder), meta_shards(folder)
+    values, (first, *others) = read_json(folder / "params.json"), meta_shards(folder)
+    C, D = values["dim"], values["dim"] // values["n_heads"]
     while first:
         name = next(iter(first))
         pieces = [shard.pop(name, None) for shard in (first, *others)]
@@ -484,10 +495,9 @@ def meta_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = pieces[0]
         if others and tensor.dim() == 2:
             by_columns = part in ("attention.wo", "feed_forward.w2") or (
-                part == "tok_embeddings" and tensor.shape[1] < config["hidden_size"])
+                part == "tok_embeddings" and tensor.shape[1] < C)
             tensor = torch.cat(pieces, dim=int(by_columns))
         if part in ("attention.wq", "attention.wk"):
-            D = config["hidden_size"] // config["num_attention_heads"]
             if tensor.dim() != 2 or D % 2 or tensor.shape[0] % D:
                 raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)}, which is not "
                                  f"in heads of {D}")
