@@ -2,7 +2,11 @@
 told otherwise.
 
     python eval.py perplexity --adapter out --context 256,512,1024,2048
-    python eval.py passkey --adapter out --length 128,256,1024,2048
+    python eval.py passkey --adapter out --length 256,512,1024,2048 --plot passkey.png
+    python eval.py topics --model vicuna-16k --file topics_5.jsonl
+    python eval.py generate --adapter out --file BOOK --question "Who did it?"
+    python eval.py paper                   # the paper at small scale, in an hour on a laptop
+    torchrun --nproc-per-node 8 eval.py perplexity ...      # windows and trials shared out
 
 Perplexity is over windows of L tokens, by one of two protocols:
 
@@ -12,50 +16,28 @@ Perplexity is over windows of L tokens, by one of two protocols:
   scored, and the loss is the mean of the windows' means. The paper's figure (Section 4.2).
 """
 import argparse
+import json
 import math
 import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 import longlora
-from data import prepare
+from data import plots, prepare
+from data.team import autocast, compute_dtype, is_main, join, leave, print0
 
 TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
 BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
-
-
-# --------------------------------------------------------------------------------------------------
-# Setting up: train.py uses these too
-
-
-def default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto": bfloat16 where it is native to the hardware, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    else:
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype, sharded: bool | None = None
-             ) -> torch.autocast:
-    # Its cache of casts saves a tenth of the time of a small step; of FSDP's shards it would keep
-    # the whole weights until the pass is over.
-    sharded = dist.is_initialized() if sharded is None else sharded
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
-                          cache_enabled=not sharded)
 
 
 def attention_pattern(attention: str, group_size: int) -> dict:
@@ -68,52 +50,21 @@ def attention_pattern(attention: str, group_size: int) -> dict:
     return {"group_size": group_size, "shift": attention == "shifted"}
 
 
-def open_tokens(data: str, model_path: str, vocab_size: int,
-                split: str | None = None) -> np.ndarray:
-    """The token ids (N,) of `data`, mapped: "stdlib", "stdlib+tests", a .bin token file, or texts.
+class Shares:
+    """What each process of torchrun reads of `count` batches or trials: none is read twice."""
 
-    `split` is "train", "valid" or "test". The library is split by file (None: "test"); of other
-    data "valid" and "test" are the last two twentieths, a million tokens each at most, and None is
-    all. Texts are encoded with the model's tokenizer, once, into data/tokens. Raises
-    FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
-    """
-    library = data in ("stdlib", "stdlib+tests")
-    pieces = vocab_size
-    if Path(data).suffix != ".bin":  # as wide as the tokenizer wrote them
-        pieces = load_tokenizer(model_path, vocab_size).vocab_size()
-    if library:
-        tests = data.endswith("tests") and split == "train"
-        path = prepare.library_tokens(model_path, split or "test", tests)
-    elif Path(data).suffix == ".bin":
-        path = Path(data)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such token file")
-    else:
-        path = prepare.text_tokens(data, model_path)
-    dtype = np.dtype(prepare.token_dtype(pieces))
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
-    tokens = np.memmap(path, dtype, mode="r")
-    if split and not library:
-        held_out = min(len(tokens) // 20, 1_000_000)
-        first, second = len(tokens) - 2 * held_out, len(tokens) - held_out
-        part = {"train": slice(first), "valid": slice(first, second), "test": slice(second, None)}
-        tokens = tokens[part[split]]
-    for start in range(0, len(tokens), 1 << 24):
-        if (highest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
-            raise ValueError(f"{path}: token id {highest} is beyond the vocabulary of {vocab_size}")
-    return tokens
+    def __init__(self, count: int):
+        joined = dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.mine = range(self.rank, count, self.size)
 
-
-def load_tokenizer(model_path: str, vocab_size: int):
-    """The tokenizer of a model folder. Raises FileNotFoundError, and ValueError if it has more
-    pieces than the model. (Added tokens may be beyond the model, as long as no text has them.)"""
-    tokenizer = prepare.load_tokenizer(model_path)
-    if (pieces := tokenizer.pieces.vocab_size()) > vocab_size:
-        raise ValueError(f"{model_path}: the tokenizer has {pieces} pieces, the model only "
-                         f"{vocab_size}")
-    return tokenizer
+    def total(self, sums: np.ndarray) -> np.ndarray:
+        """The sum over all processes of `sums`."""
+        if self.size > 1:
+            every = [None] * self.size
+            dist.all_gather_object(every, sums)
+            sums = sum(every)
+        return sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,48 +92,70 @@ def windows(length: int, context: int, protocol: str,
             return
 
 
+class Perplexity(NamedTuple):
+    value: float
+    error: float | None  # standard error, from how much the windows' losses differ
+    tokens: int  # how many were scored
+    by_position: list[float]  # in equal stretches of the window's positions, if asked
+
+
 @torch.no_grad()
 def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol: str = "once",
                stride: int | None = None, dtype: torch.dtype = torch.float32,
-               group_size: int | None = None, shift: bool = True) -> tuple[float, int]:
-    """Perplexity of `model` on `tokens` (N,) in windows of `context` tokens, and how many tokens
-    were scored. Raises ValueError if there is nothing to score."""
+               group_size: int | None = None, shift: bool = True,
+               stretches: int = 0) -> Perplexity:
+    """Perplexity of `model` on `tokens` (N,) in windows of `context` tokens (Section 4.2).
+
+    No place holds the logits of more than longlora.LOSS_CHUNK tokens. The standard error takes
+    windows to be independent; where they overlap, as the official ones do, it is too small. Raises
+    ValueError if there is nothing to score.
+    """
     stride = stride or default_stride(protocol, context)
     if context < 2 or not 0 < stride < context and protocol == "once" or stride < 1:
         raise ValueError(f"windows of {context} tokens cannot start every {stride} tokens")
+    if stretches > context - 1:
+        raise ValueError(f"{context - 1} targets of a window have no {stretches} stretches")
     spans = list(windows(len(tokens), context, protocol, stride))
     if len(tokens) < context or not spans:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context}")
     device = model.lm_head.weight.device
-    total, count, batches = 0.0, 0, []
+    batches = []
     while spans:
         most = max(1, BATCH_TOKENS // context)
         batches.append([s for s in spans[:most] if s[1] - s[0] == spans[0][1] - spans[0][0]])
         spans = spans[len(batches[-1]):]
-    # Under FSDP processes work in step: whoever has no batch left reads the first one for nothing.
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shares = Shares(len(batches))
+    moments, positions = np.zeros(6), np.zeros((2, context - 1))
     bar = tqdm(total=sum(scored for b in batches for *_, scored in b), desc=f"context {context:,}",
-               unit="tok", leave=False, unit_scale=True, disable=rank > 0)
+               unit="tok", leave=False, unit_scale=True, disable=shares.rank > 0)
     with bar, autocast(device, dtype):
-        for i in range(rank, math.ceil(len(batches) / size) * size, size):
+        # Under FSDP processes work in step: whoever has no batch left reads the first for nothing.
+        for i in range(shares.rank, math.ceil(len(batches) / shares.size) * shares.size,
+                       shares.size):
             batch = batches[i if i < len(batches) else 0]
             rows = [tokens[a:b].astype(np.int64) for a, b, _ in batch]
             ids = torch.from_numpy(np.stack(rows)).to(device)
             targets = ids[:, 1:].clone()
             for row, (_, _, scored) in zip(targets, batch):
                 row[:len(row) - scored] = -100
-            n = sum(scored for *_, scored in batch)
-            loss = model(ids[:, :-1], targets, group_size, shift).item()
+            loss = model(ids[:, :-1], targets, group_size, shift, mean=False)
             if i < len(batches):
-                total, count = total + loss * n, count + n
-                bar.update(n * size)
+                loss = loss.cpu().double().numpy()
+                scored = (targets != -100).cpu().numpy()
+                s, n = loss.sum(1), scored.sum(1)
+                moments += [x.sum() for x in (s, n, s * s, s * n, n * n, np.ones(len(s)))]
+                positions[:, :loss.shape[1]] += loss.sum(0), scored.sum(0)
+                bar.update(int(n.sum()) * shares.size)
     if hasattr(model, "reshard"):  # or FSDP's root goes on without gradients
         model.reshard()
-    if size > 1:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        total, count = sums[0].item(), int(sums[1])
-    return math.exp(min(total / count, 700)), count
+    s, n, ss, sn, nn, count = shares.total(moments)
+    positions, mean = shares.total(positions), s / n
+    # The windows' sums s_w and counts n_w give a ratio; its variance is that of s_w - mean * n_w.
+    variance = max(0.0, ss - 2 * mean * sn + mean * mean * nn) * count / max(1, count - 1) / n ** 2
+    parts = [part.sum(1) for part in np.array_split(positions, stretches or 1, axis=1)]
+    value = math.exp(min(mean, 700))
+    return Perplexity(value, value * math.sqrt(variance) if count > 1 else None, int(n),
+                      [math.exp(min(a / b, 700)) for a, b in parts[:stretches]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,22 +163,143 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
 
 
 @torch.no_grad()
-def passkey_accuracy(model: longlora.Llama, tokenizer, length: int, trials: int, seed: int = 0,
-                     dtype: torch.dtype = torch.float32) -> float:
-    """Share of `trials` prompts of at most `length` tokens whose every answer token is the arg max
-    (Section 4.2).
+def passkey(model: longlora.Llama, tokenizer, length: int, trials: int, depths: int = 1,
+            seed: int = 0, dtype: torch.dtype = torch.float32, official: bool = False) -> dict:
+    """How many keys hidden in prompts of at most `length` tokens are retrieved, by depth (Section
+    4.2): {"length", "tokens" (a prompt's, on average), "trials", "accuracy", "by_depth": for each
+    of `depths` equal stretches of the filler, None where no trial fell}.
 
-    One forward pass a trial, no decoding. Keys and depths are those that training never draws.
+    A key is retrieved when every token of it is the arg max: one forward pass, no decoding. There
+    are `trials` of them in each stretch, and keys and depths are such as training never draws; or
+    with `official` `trials` in all, as the official evaluation draws them from seeds seed, seed+1,
+    ...
     """
-    rng, device = np.random.default_rng((seed, length)), model.lm_head.weight.device
-    right = 0
-    for _ in tqdm(range(trials), desc=f"length {length:,}", leave=False):
-        ids, n = prepare.passkey_document(tokenizer, length, rng, held_out=True)
+    device, shares = model.lm_head.weight.device, Shares(trials if official else trials * depths)
+    sums = np.zeros((3, depths))  # tokens, trials, retrieved
+    for i in tqdm(shares.mine, desc=f"length {length:,}", leave=False, disable=shares.rank > 0):
+        if official:
+            ids, n, depth = prepare.official_passkey(tokenizer, length, seed + i)
+            cell = min(int(depth * depths), depths - 1)
+        else:
+            cell = i % depths
+            ids, n = prepare.passkey_document(
+                tokenizer, length, np.random.default_rng((seed, length, i)), held_out=True,
+                depths=(cell / depths, (cell + 1) / depths))
         tokens = torch.tensor([ids], device=device)
         with autocast(device, dtype):
             logits = model.lm_head(model.model(tokens)[:, -n - 1:-1])
-        right += torch.equal(logits.argmax(-1), tokens[:, -n:])
-    return right / trials
+        sums[:, cell] += len(ids), 1, torch.equal(logits.argmax(-1), tokens[:, -n:])
+    tokens, tried, right = shares.total(sums)
+    return {"length": length, "tokens": round(tokens.sum() / tried.sum()),
+            "trials": int(tried.sum()), "accuracy": right.sum() / tried.sum(),
+            "by_depth": [r / t if t else None for r, t in zip(right, tried)]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+PREFILL = 1024  # tokens of a prompt that are read at one time: bounds what is beside the cache
+
+
+class Cache:
+    """Keys and values of the tokens read so far: an `attention` for the model's layers, which call
+    it in turn. 2 x L x H_kv x D numbers a token: 0.5 MiB for Llama-2-7B in bfloat16."""
+
+    def __init__(self, config: longlora.LlamaConfig, tokens: int, device: torch.device,
+                 dtype: torch.dtype):
+        self.kv = torch.empty(config.num_hidden_layers, 2, 1, config.num_key_value_heads, tokens,
+                              config.head_dim, device=device, dtype=dtype)
+        self.length, self.layer = 0, 0
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        T, kv = q.shape[2], self.kv[self.layer]
+        end = self.length + T
+        kv[:, :, :, self.length:end] = torch.stack((k, v))
+        k, v = kv[:, :, :, :end]
+        self.layer = (self.layer + 1) % len(self.kv)
+        if self.layer == 0:
+            self.length = end
+        if T == end:
+            return longlora.causal_attention(q, k, v)
+        mask = None if T == 1 else causal_lower_right(T, end)  # the last query sees all keys
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@torch.no_grad()
+def generate(model: longlora.Llama, prompt: list[int], most: int, dtype: torch.dtype,
+             stop: set[int], temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0) -> Iterator[int]:
+    """Up to `most` token ids after `prompt`, one by one, until one of `stop` (not given) or the end
+    of the model's window. Temperature 0 takes the likeliest; else one is drawn from the likeliest
+    that together have a share `top_p`. Raises ValueError if the prompt does not fit the window."""
+    device, window = model.lm_head.weight.device, model.config.max_position_embeddings
+    if len(prompt) >= window:
+        raise ValueError(f"the prompt has {len(prompt):,} tokens and the model reads {window:,} "
+                         "with its answer: shorten it, or extend the model")
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    random = torch.Generator().manual_seed(seed)
+    cache = Cache(model.config, min(len(prompt) + most, window), device, dtype)
+    left = list(prompt)
+    for _ in range(min(most, window - len(prompt))):
+        while left:
+            ids = torch.tensor([left[:PREFILL]], device=device)
+            left = left[PREFILL:]
+            with autocast(device, dtype):
+                x = model.model(ids, start=cache.length, attention=cache)
+        with autocast(device, dtype):
+            logits = model.lm_head(x[0, -1]).float()
+        if temperature < 1e-6:  # 0, or so little that the division overflows
+            chosen = logits.argmax().item()
+        else:
+            p, order = (logits / temperature).softmax(-1).cpu().sort(descending=True)
+            p[1:][p.cumsum(-1)[:-1] >= top_p] = 0  # the likeliest always stays
+            chosen = order[torch.multinomial(p, 1, generator=random)].item()
+        if chosen in stop:
+            return
+        yield chosen
+        left = [chosen]
+
+
+def stops(model: longlora.Llama, tokenizer) -> set[int]:
+    """The ids that end a text: the tokenizer's, and the config's one or several."""
+    ids = model.config.eos_token_id
+    return {tokenizer.eos_id(), *(ids if isinstance(ids, list) else [ids])} - {None}
+
+
+# --------------------------------------------------------------------------------------------------
+# Topic retrieval
+
+
+def read_topic_cases(path: Path) -> list[dict]:
+    """LongChat's test cases: a JSON object a line, with a `prompt` and its `topics`, the one asked
+    for first. Raises FileNotFoundError, ValueError."""
+    cases = []
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            case = json.loads(line)
+            if not (isinstance(case["prompt"], str) and isinstance(case["topics"], list)
+                    and case["topics"]
+                    and all(isinstance(topic, str) for topic in case["topics"])):
+                raise ValueError("prompt and topics are not texts")
+            cases.append(case)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f'{path}, line {number}: expected a JSON object with "prompt" and '
+                             f'"topics" ({error})') from None
+    if not cases:
+        raise ValueError(f"{path}: no test cases")
+    return cases
+
+
+def names_topic(answer: str, topics: list[str]) -> bool:
+    """Whether an answer's first line names the first of `topics`, letter for letter but for
+    capitals, and none of the others."""
+    line = answer.strip().split("\n")[0].casefold()
+    first, *others = (topic.casefold() for topic in topics)
+    return first in line and not any(o in line and o not in first for o in others)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,6 +314,17 @@ def integers(text: str) -> list[int]:
     return values
 
 
+def number(low: float, high: float):
+    """An argument's type: a float from low to high."""
+
+    def value(text: str) -> float:
+        if not low <= (x := float(text)) <= high:
+            raise argparse.ArgumentTypeError(f"expected {low:g} to {high:g}, got {text}")
+        return x
+
+    return value
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
@@ -232,8 +337,10 @@ def natural(text: str) -> int:
     return value
 
 
-def load(args: argparse.Namespace, longest: int) -> tuple[longlora.Llama, torch.dtype]:
-    device = default_device()
+def load(args: argparse.Namespace,
+         longest: int | None = None) -> tuple[longlora.Llama, torch.dtype]:
+    """The model that was asked for, on this process's device, and what to compute in."""
+    device, _ = join(1)
     dtype = compute_dtype(args.dtype, device)
     model = longlora.load_model(args.model, dtype, device, context=longest)
     if args.adapter:
@@ -247,17 +354,24 @@ def print_table(rows: list[dict]) -> None:
     """Rows of the same keys as aligned columns."""
 
     def text(v) -> str:
+        if v is None:
+            return "-"
         return f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
 
     cells = [list(rows[0])] + [[text(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        print0("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def stretch_columns(values: list[float | None]) -> dict:
+    return {f"to {(i + 1) / len(values):.0%}": value for i, value in enumerate(values)}
 
 
 def run_perplexity(args: argparse.Namespace) -> list[dict]:
     model, dtype = load(args, max(args.context))
-    tokens = open_tokens(args.data, args.model, model.config.vocab_size)[:args.max_tokens]
+    tokens = prepare.open_tokens(args.data, args.model,
+                                 model.config.vocab_size)[:args.max_tokens]
     if len(tokens) < max(args.context):
         raise ValueError(f"{len(tokens):,} tokens are too few for windows of {max(args.context):,}")
     rows = []
@@ -265,19 +379,116 @@ def run_perplexity(args: argparse.Namespace) -> list[dict]:
         stride = args.stride or default_stride(args.protocol, context)
         group_size = args.group_size or longlora.default_group_size(context)
         pattern = attention_pattern(args.attention, group_size)
-        value, count = perplexity(model, tokens, context, args.protocol, stride, dtype, **pattern)
+        found = perplexity(model, tokens, context, args.protocol, stride, dtype, **pattern,
+                           stretches=args.by_position)
         rows.append({"context": context, "protocol": args.protocol, "stride": stride,
-                     "perplexity": value, "tokens": count})
+                     "perplexity": found.value, "error": found.error, "tokens": found.tokens})
+        if args.by_position:
+            rows[-1]["by_position"] = found.by_position
+    print_table([{k: v for k, v in row.items() if k != "by_position"} for row in rows])
+    if args.by_position:
+        print0("\nby position in the window:")
+        print_table([{"context": row["context"], **stretch_columns(row["by_position"])}
+                     for row in rows])
+    if args.plot and is_main():
+        if args.by_position:
+            n = args.by_position
+            series = {f"windows of {row['context']:,}":
+                      ([row["context"] * (i + 1) // n for i in range(n)], row["by_position"], None)
+                      for row in rows}
+            plots.curve(args.plot, series, "Perplexity up to a position in the window",
+                        "perplexity", xlabel="position (tokens)")
+        else:
+            values, errors = ([row[name] for row in rows] for name in ("perplexity", "error"))
+            plots.curve(args.plot, {f"{args.attention} attention": (args.context, values, errors)},
+                        "Perplexity by context", "perplexity")
     return rows
 
 
 def run_passkey(args: argparse.Namespace) -> list[dict]:
     model, dtype = load(args, max(args.length))
-    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-    prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(0), held_out=True)
-    return [{"length": length, "trials": args.trials,
-             "accuracy": passkey_accuracy(model, tokenizer, length, args.trials, args.seed, dtype)}
-            for length in args.length]
+    tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
+    rows = []
+    if not args.official:  # does the shortest fit?
+        prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(0), True)
+    for length in args.length:
+        rows.append(passkey(model, tokenizer, length, args.trials, args.depths, args.seed, dtype,
+                            args.official))
+    print_table([{k: v for k, v in row.items() if k != "by_depth"}
+                 | (stretch_columns(row["by_depth"]) if args.depths > 1 else {}) for row in rows])
+    if args.depths > 1:
+        print0('"to 20%": keys that lie up to so deep in the filler; 0% is where the prompt begins')
+    if args.plot and is_main():
+        plots.heatmaps(args.plot, {Path(args.adapter or args.model).name: rows})
+    return rows
+
+
+def run_topics(args: argparse.Namespace) -> list[dict]:
+    if "{prompt}" not in args.template:
+        raise ValueError(f"--template {args.template}: it has no {{prompt}}")
+    if args.file:
+        cases = read_topic_cases(args.file)
+    else:
+        cases = [prepare.topic_case(n, np.random.default_rng((args.seed, n, i)))
+                 for n in args.topics for i in range(args.cases)]
+    model, dtype = load(args)
+    tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
+    window = model.config.max_position_embeddings
+    prompts = [[tokenizer.bos_id(),
+                *tokenizer.encode(args.template.replace("{prompt}", case["prompt"]))]
+               for case in cases]
+    for case, prompt in zip(cases, prompts):
+        if len(prompt) + args.max_new_tokens > window:
+            raise ValueError(f"a record of {len(case['topics'])} topics has {len(prompt):,} tokens "
+                             f"and its answer up to {args.max_new_tokens}, but the model reads "
+                             f"{window:,}: leave it out, or extend the model")
+    shares = Shares(len(cases))
+    kinds = sorted({len(case["topics"]) for case in cases})
+    sums = np.zeros((len(kinds), 3))  # cases, tokens, right
+    for i in tqdm(shares.mine, desc="records", leave=False, disable=shares.rank > 0):
+        ids = generate(model, prompts[i], args.max_new_tokens, dtype, stops(model, tokenizer))
+        answer, topics = tokenizer.decode(list(ids)), cases[i]["topics"]
+        sums[kinds.index(len(topics))] += 1, len(prompts[i]), names_topic(answer, topics)
+    sums = shares.total(sums)
+    rows = [{"topics": n, "cases": int(count), "tokens": round(tokens / count),
+             "accuracy": right / count} for n, (count, tokens, right) in zip(kinds, sums)]
+    print_table(rows)
+    return rows
+
+
+def run_generate(args: argparse.Namespace) -> list[dict]:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("generate runs in one process: python eval.py generate")
+    if args.prompt is not None and args.file:
+        raise ValueError("--prompt and --file exclude each other")
+    text = args.prompt
+    if text is None:
+        text = (args.file.read_text(encoding="utf-8", errors="replace") if args.file
+                else sys.stdin.read())
+    if args.question:
+        text = f"[INST]{text}\n{args.question}[/INST]"
+    model, dtype = load(args)
+    tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
+    prompt = [tokenizer.bos_id(), *tokenizer.encode(text)]
+    began, ids, whole, shown = time.perf_counter(), [], "", ""
+    before = tokenizer.decode(prompt[-4:])  # the space before a first word shows only in company
+    for id in generate(model, prompt, args.max_new_tokens, dtype, stops(model, tokenizer),
+                       args.temperature, args.top_p, args.seed):
+        ids.append(id)
+        whole = tokenizer.decode(prompt[-4:] + ids)[len(before):]
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+            print(whole[len(shown):], end="", flush=True)
+            shown = whole
+    print(whole[len(shown):])
+    seconds = time.perf_counter() - began
+    print(f"{len(prompt):,} tokens read and {len(ids):,} written in {seconds:.1f} s",
+          file=sys.stderr)
+    return [{"prompt_tokens": len(prompt), "tokens": len(ids), "seconds": seconds, "text": whole}]
+
+
+def run_paper(args: argparse.Namespace) -> list[dict]:
+    from data import paper
+    return paper.run(args.out, args.only, args.seeds, args.jobs)
 
 
 def main() -> None:
@@ -285,10 +496,17 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run, text: str, plot: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, plot=None)
+        sub.add_argument("--json", type=Path, help="write the rows to this file too")
+        if plot:
+            sub.add_argument("--plot", type=Path, help=f"draw {plot} to this .png or .svg "
+                             "(needs matplotlib)")
+        return sub
+
+    def with_model(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument("--model", default=TINY_LLAMA, help="folder of the Llama")
         sub.add_argument("--adapter", help="folder of an adapter: train.py's, PEFT's, or released "
                          "with the paper")
@@ -297,10 +515,10 @@ def main() -> None:
                          "released one says nothing)")
         sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                          help="compute in; auto: bfloat16 where it is native")
-        sub.add_argument("--json", type=Path, help="write the rows to this file too")
         return sub
 
-    sub = command("perplexity", run_perplexity, "Perplexity over sliding windows.")
+    sub = with_model(command("perplexity", run_perplexity, "Perplexity over sliding windows.",
+                             "perplexity against context, or position,"))
     sub.add_argument("--data", default="stdlib",
                      help="stdlib (its test split), a .bin token file, .txt, .jsonl or a folder")
     sub.add_argument("--context", type=integers, default="256,512,1024,2048",
@@ -310,24 +528,68 @@ def main() -> None:
     sub.add_argument("--stride", type=positive,
                      help="tokens between windows (once: half a window; official: 256)")
     sub.add_argument("--max-tokens", type=positive, help="read only so many tokens")
+    sub.add_argument("--by-position", type=natural, default=0, metavar="N",
+                     help="also by N stretches of the window (the first ones are scored in few "
+                     "windows by protocol once, in all by official)")
     sub.add_argument("--attention", default="full", choices=("full", "shifted", "local"),
                      help="attention pattern")
     sub.add_argument("--group-size", type=positive,
                      help="tokens in a group (a quarter of the window)")
 
-    sub = command("passkey", run_passkey, "Share of passkeys retrieved, by length of the prompt.")
+    sub = with_model(command("passkey", run_passkey, "Share of passkeys retrieved, by length of "
+                             "the prompt and depth of the key.", "the share by length and depth"))
     sub.add_argument("--length", type=integers, default="128,256,512,1024,2048",
                      help="tokens in a prompt, at most")
-    sub.add_argument("--trials", type=positive, default=100, help="prompts at each length")
+    sub.add_argument("--depths", type=positive, default=5, help="stretches of depth")
+    sub.add_argument("--trials", type=positive, default=20,
+                     help="prompts for each length and depth")
     sub.add_argument("--seed", type=natural, default=0, help="of keys and depths")
+    sub.add_argument("--official", action="store_true", help="the official evaluation's filler, "
+                     "keys and depths: --trials prompts a length, of seeds --seed, --seed + 1, ...")
+
+    sub = with_model(command("topics", run_topics, "Topic retrieval (LongChat): share of records "
+                             "of conversations whose first topic is named."))
+    sub.add_argument("--file", type=Path, help="LongChat's test cases, .jsonl (generated ones)")
+    sub.add_argument("--topics", type=integers, default="5,10,15,20,25",
+                     help="conversations in a generated record")
+    sub.add_argument("--cases", type=positive, default=10, help="generated records of each number")
+    sub.add_argument("--template", default="{prompt}",
+                     help="what the model is given, such as '[INST]{prompt}[/INST]'")
+    sub.add_argument("--max-new-tokens", type=positive, default=50, help="tokens in an answer")
+    sub.add_argument("--seed", type=natural, default=0, help="of generated records")
+
+    sub = with_model(command("generate", run_generate, "Continue a prompt, a file or standard "
+                             "input; with --question, answer it from that text."))
+    sub.add_argument("--prompt", help="text to continue")
+    sub.add_argument("--file", type=Path, help="text file to continue (standard input)")
+    sub.add_argument("--question", help="ask this about the text, as the paper's chat models were "
+                     "trained: [INST]text, question[/INST]")
+    sub.add_argument("--max-new-tokens", type=positive, default=512, help="tokens to write at most")
+    sub.add_argument("--temperature", type=number(0, 100), default=0.6, help="0: greedy")
+    sub.add_argument("--top-p", type=number(0, 1), default=0.9,
+                     help="draw from the likeliest tokens that have this share")
+    sub.add_argument("--seed", type=natural, default=0, help="of what is drawn")
+
+    sub = command("paper", run_paper, "The paper's tables and figures at small scale: trains the "
+                  "variants from data/tiny-llama by train.py and compares them.")
+    sub.add_argument("--only", type=integers, help="1: attention in training, 2: what trains, "
+                     "3: trained and evaluated length, 4: passkeys, 5: group sizes")
+    sub.add_argument("--out", type=Path, default="out-paper", help="folder for runs, figures, "
+                     "tables; what is finished there is not repeated")
+    sub.add_argument("--seeds", type=positive, default=3, help="of tables 1 and 2")
+    cores = 1 if torch.accelerator.is_available() else min(8, os.cpu_count() or 1)
+    sub.add_argument("--jobs", type=positive, default=cores,
+                     help="runs at one time, which share the CPU's cores")
 
     args = parser.parse_args()
     if args.json and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
         raise ValueError(f"--json {args.json}: name a file in a folder that can be written to")
+    if args.plot:
+        plots.check(args.plot)
     rows = args.run(args)
-    print_table(rows)
-    if args.json:
+    if args.json and is_main():
         longlora.write_json(args.json, {"rows": rows})
+    leave()
 
 
 if __name__ == "__main__":

@@ -334,7 +334,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head: tokens (B, T) to hidden states (B, T, C)."""
+    """Everything below the head: tokens (B, T) to hidden states (B, T, C). Without `group_size` all
+    layers attend by `attention`, one after the other (a cache of keys and values is one)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -347,13 +348,13 @@ class Decoder(nn.Module):
         self.checkpointing = False
 
     def forward(self, tokens: torch.Tensor, group_size: int | None = None, shift: bool = True,
-                start: int = 0, before: Before | None = None) -> torch.Tensor:
+                start: int = 0, before: Before | None = None,
+                attention: Callable[..., torch.Tensor] = causal_attention) -> torch.Tensor:
         x = self.embed_tokens(tokens)
         if torch.is_autocast_enabled(x.device.type):
             # A float32 embedding would make the residual stream float32, and so every checkpoint.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = rotary_tables(self.config, tokens.shape[1], x.device, start)
-        attention = causal_attention
         if group_size is not None:
             attention = partial(shifted_sparse_attention, group_size=group_size, shift=shift,
                                 before=before)
@@ -368,8 +369,9 @@ class Llama(nn.Module):
     """Llama. Full attention is the default; S2-Attn is set by the call, never by `self.training`.
 
     `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss over the targets
-    that are not -100, where targets[b, t] is the token that follows tokens[b, t]. With `group_size`
-    attention is S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer
+    that are not -100, where targets[b, t] is the token that follows tokens[b, t], or with
+    `mean=False` the loss of each (B, T), 0 where the target is -100. With `group_size` attention is
+    S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer
     sequence, `start` is the first one's position, and `before` as in `shifted_sparse_attention`.
     With `model.model.checkpointing = True` each layer is computed again in the backward pass
     instead of keeping its activations.
@@ -385,9 +387,11 @@ class Llama(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
                 group_size: int | None = None, shift: bool = True, start: int = 0,
-                before: Before | None = None) -> torch.Tensor:
+                before: Before | None = None, mean: bool = True) -> torch.Tensor:
         x = self.model(tokens, group_size, shift, start, before)
-        return self.lm_head(x) if targets is None else chunked_loss(x, self.lm_head.weight, targets)
+        if targets is None:
+            return self.lm_head(x)
+        return chunked_loss(x, self.lm_head.weight, targets, mean)
 
     def extend(self, context: int) -> None:
         """Interpolate positions so that `context` tokens fit the window (Section 3.1); see
@@ -413,23 +417,28 @@ class Llama(nn.Module):
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 125 MiB in float32 at V = 32,000
 
 
-def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                 mean: bool = True) -> torch.Tensor:
     """Mean cross-entropy of the head's logits, in chunks of tokens; 0 where every target is -100.
+    With `mean=False` that of each token, (B, T).
 
     x (B, T, C), weight (V, C), targets (B, T). All logits at once would be the largest tensor of
     the run by far: at T = 100,000 and V = 32,000 they take 12 GiB in float32, and their gradient as
     much again.
     """
-    x, targets = x.flatten(0, 1), targets.flatten()
+    shape, x, targets = targets.shape, x.flatten(0, 1), targets.flatten()
+
+    def chunk_loss(x, targets, reduction):
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
+
+    chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+    if not mean:
+        return torch.cat([chunk_loss(*chunk, "none") for chunk in chunks]).view(shape)
     count = (targets != -100).sum().clamp(min=1)
     if not weight.requires_grad:
         return FrozenHeadLoss.apply(x, weight, targets) / count
-
-    def chunk_loss(x, targets):
-        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
-
-    chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
-    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks) / count
+    return sum(checkpoint(chunk_loss, *chunk, "sum", use_reentrant=False)
+               for chunk in chunks) / count
 
 
 class FrozenHeadLoss(torch.autograd.Function):

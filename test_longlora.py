@@ -5,9 +5,11 @@
     python test_longlora.py   # no test: the time of S2-Attn over that of full attention, and of
                               # loading a model over that of reading its file
 """
+import io
 import json
 import math
 import os
+import random
 import re
 import runpy
 import shutil
@@ -252,6 +254,9 @@ def test_chunked_loss_is_cross_entropy_on_all_logits(ignored, head_trains, monke
     if ignored == 1:  # the mean of nothing is NaN, and no use
         expected = [torch.zeros_like(y) for y in expected]
     torch.testing.assert_close([loss, *gradients], expected)
+    each = longlora.chunked_loss(x, weight, targets, mean=False)
+    expected = F.cross_entropy((x @ weight.T).mT, targets, ignore_index=-100, reduction="none")
+    torch.testing.assert_close(each, expected)
 
 
 @pytest.mark.parametrize("trainable", ["lora,embed,norm", "full"])
@@ -970,6 +975,14 @@ def test_documents_are_joined_by_eos(size, dtype, tmp_path):
         assert os.listdir(out.parent) == ["tokens.bin"]
 
 
+def parsed(prompt):
+    """Of a passkey prompt with its answer: the key, and the filler before and behind it."""
+    _, before, told, behind, asked = prompt.split("\n")
+    key = re.fullmatch(r"The pass key is (\d+)\. Remember it\. \1 is the pass key\.", told)[1]
+    assert asked.endswith(f"The pass key is {key}") and 1 <= int(key) <= 50_000
+    return int(key), before, behind
+
+
 def test_passkey_documents():
     """They fill their length, end in the key, and held-out keys and depths are never trained on."""
     rng, drawn = np.random.default_rng(0), {False: [], True: []}
@@ -977,13 +990,23 @@ def test_passkey_documents():
         held_out, length = bool(i % 2), int(rng.integers(100, 400))
         ids, n = prepare.passkey_document(TOKENIZER, length, rng, held_out)
         assert length - 32 <= len(ids) <= length and ids[0] == TOKENIZER.bos_id()
-        _, before, told, _, asked = TOKENIZER.decode(ids).split("\n")
-        key = re.fullmatch(r"The pass key is (\d+)\. Remember it\. \1 is the pass key\.", told)[1]
-        assert asked.endswith(f"The pass key is {key}") and 1 <= int(key) <= 50_000
-        assert TOKENIZER.decode(ids[-n:]).strip() == key
-        drawn[held_out].append((int(key), len(before)))
+        key, before, _ = parsed(TOKENIZER.decode(ids))
+        assert TOKENIZER.decode(ids[-n:]).strip() == str(key)
+        drawn[held_out].append((key, len(before)))
     for trained, tested in zip(zip(*drawn[False]), zip(*drawn[True])):
         assert not set(trained) & set(tested) and len(set(tested)) > 50
+
+
+@pytest.mark.parametrize("length, seed, characters", [
+    (200, 0, 0), (600, 1, 2048), (1024, 2, 3072), (3000, 77, 10240)])
+def test_official_passkeys_are_those_of_the_official_evaluation(length, seed, characters):
+    """Python's generator draws the depth, then the key; the filler starts anew behind the key."""
+    ids, n, depth = prepare.official_passkey(TOKENIZER, length, seed)
+    (key, before, behind), draw = parsed(TOKENIZER.decode(ids)), random.Random(seed)
+    assert (len(before), key) == (draw.randint(0, characters), draw.randint(1, 50_000))
+    assert len(before + behind) == characters and depth * characters == pytest.approx(len(before))
+    assert all((prepare.FILLER * 120).startswith(part) for part in (before, behind))
+    assert ids[0] == TOKENIZER.bos_id() and TOKENIZER.decode(ids[-n:]).strip() == str(key)
 
 
 def test_training_reads_passkey_documents_end_to_end():
@@ -1003,42 +1026,209 @@ def test_training_reads_passkey_documents_end_to_end():
 
 
 @torch.no_grad()
-def reference_perplexity(model, tokens, context, protocol, stride):
-    """Token by token for "once", window by window for "official", from all logits."""
+def reference_perplexity(model, tokens, context, protocol, stride, stretches=1, attention=()):
+    """Token by token for "once", window by window for "official", from all logits: perplexity, its
+    standard error, how many tokens, and perplexity by position."""
     def losses(window):
         window = torch.from_numpy(window.astype(np.int64))
-        return -model(window[None, :-1])[0].log_softmax(-1).gather(1, window[1:, None]).squeeze(1)
+        logits = model(window[None, :-1], None, *attention)[0]
+        return -logits.log_softmax(-1).gather(1, window[1:, None]).squeeze(1)
 
-    starts, each = range(0, len(tokens), stride), []
+    starts, each = range(0, len(tokens), stride), []  # a window's start, a place in it, the loss
     if protocol == "official":
-        each = [losses(tokens[s:s + context]).mean() for s in starts if s + context <= len(tokens)]
-        return torch.stack(each).mean().exp().item(), len(each) * (context - 1)
-    for t in range(1, len(tokens)):
-        start = next(s for s in starts if s + context > t)  # of the first window that holds t
-        each.append(losses(tokens[start:t + 1])[-1])
-    return torch.stack(each).mean().exp().item(), len(each)
+        each = [(s, i, loss) for s in starts if s + context <= len(tokens)
+                for i, loss in enumerate(losses(tokens[s:s + context]).tolist())]
+    else:
+        for t in range(1, len(tokens)):
+            s = next(s for s in starts if s + context > t)  # of the first window that holds t
+            each.append((s, t - s - 1, losses(tokens[s:t + 1])[-1].item()))
+    mean = np.mean([loss for *_, loss in each])
+    own = [[loss for s, _, loss in each if s == start] for start in {s for s, *_ in each}]
+    spread, n = sum((sum(w) - mean * len(w)) ** 2 for w in own), len(own)
+    error = math.exp(mean) * math.sqrt(n / (n - 1) * spread) / len(each) if n > 1 else None
+    parts = np.array_split(range(context - 1), stretches)
+    by_position = [np.exp(np.mean([loss for _, i, loss in each if i in part])) for part in parts]
+    return math.exp(mean), error, len(each), by_position
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("protocol", ["once", "official"])
+@pytest.mark.parametrize("length, context, stride", [(40, 8, 4), (43, 12, 11), (9, 9, 1)])
+def test_perplexity_is_its_definition(protocol, length, context, stride, name, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 3 * context)  # three windows at a time
+    tokens = TOKENS[0, :length].numpy().astype(np.uint16)
+    asked = tiny(), tokens, context, protocol, stride
+    found = evaluation.perplexity(*asked, torch.float32, *ATTENTIONS[name], stretches=3)
+    value, error, scored, by_position = reference_perplexity(*asked, 3, ATTENTIONS[name])
+    assert found.tokens == scored and found.value == pytest.approx(value, rel=1e-5)
+    assert found.error == (error and pytest.approx(error, rel=1e-4))
+    assert found.by_position == pytest.approx(by_position, rel=1e-5)
+
+
+def test_perplexity_never_makes_all_logits(monkeypatch):
+    monkeypatch.setattr(longlora, "LOSS_CHUNK", 7)
+    model = tiny(vocab_size=500)
+    with Recorder() as recorder:
+        evaluation.perplexity(model, TOKENS.flatten().numpy(), 32)
+    assert max(math.prod(shape) for shape in recorder.shapes if 500 in shape) == 7 * 500
 
 
 @pytest.mark.parametrize("protocol", ["once", "official"])
-@pytest.mark.parametrize("length, context, stride", [(40, 8, 4), (43, 12, 11), (9, 9, 1)])
-def test_perplexity_is_its_definition(protocol, length, context, stride, monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 3 * context)  # three windows at a time
-    model, tokens = tiny(), TOKENS[0, :length].numpy().astype(np.uint16)
-    value, count = evaluation.perplexity(model, tokens, context, protocol, stride)
-    expected, scored = reference_perplexity(model, tokens, context, protocol, stride)
-    assert count == scored and value == pytest.approx(expected, rel=1e-5)
+@torch.no_grad()
+def test_perplexity_is_that_of_transformers(protocol, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    longlora.save_model(tiny(), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    tokens, losses = TOKENS.reshape(1, -1), []
+    for start, stop, new in evaluation.windows(128, 12, protocol, 5):
+        labels = tokens[:, start:stop].clone()
+        labels[:, :-new] = -100
+        losses += [theirs(tokens[:, start:stop], labels=labels).loss.item()] * new
+    found = evaluation.perplexity(tiny(), tokens[0].numpy(), 12, protocol, 5)
+    assert found.tokens == len(losses) == (127 if protocol == "once" else 24 * 11)
+    assert found.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+
+
+def oracle(wrong):
+    """A model that knows each next token but one: the `wrong(text)`th, from the end as -1."""
+    def hidden(tokens):
+        known = tokens.roll(-1, dims=1)
+        known[:, wrong(TOKENIZER.decode(tokens[0].tolist())) - 1] += 1
+        return F.one_hot(known % 2048, 2048).float()
+
+    model = SimpleNamespace(model=hidden, lm_head=torch.nn.Linear(2048, 2048, bias=False))
+    torch.nn.init.eye_(model.lm_head.weight)
+    return model
 
 
 @pytest.mark.parametrize("wrong, accuracy", [(-1, 0.0), (-2, 0.0), (-9, 1.0)])
 def test_a_passkey_is_retrieved_when_every_answer_token_is_the_arg_max(wrong, accuracy):
-    def oracle(tokens):  # knows the text, but for one token from the end
-        known = tokens.roll(-1, dims=1)
-        known[:, wrong - 1] += 1
-        return F.one_hot(known % 2048, 2048).float()
+    found = evaluation.passkey(oracle(lambda text: wrong), TOKENIZER, 100, 5)
+    assert found["accuracy"] == accuracy and found["by_depth"] == [accuracy]
 
-    model = SimpleNamespace(model=oracle, lm_head=torch.nn.Linear(2048, 2048, bias=False))
-    torch.nn.init.eye_(model.lm_head.weight)
-    assert evaluation.passkey_accuracy(model, TOKENIZER, 100, 5) == accuracy
+
+def test_passkeys_are_counted_where_they_lie():
+    """So many in each stretch of the filler, held-out ones; the official ones where they fall."""
+    seen = []
+
+    def deep(text):
+        key, before, behind = parsed(text)
+        seen.append((len(before) / len(before + behind), len(before) % 10, key % 10))
+        return -1 if seen[-1][0] > 0.4 else -9
+
+    found = evaluation.passkey(oracle(deep), TOKENIZER, 300, trials=6, depths=5)
+    assert found["by_depth"] == [1, 1, 0, 0, 0] and (found["trials"], found["accuracy"]) == (30, .4)
+    for i, (depth, *digits) in enumerate(sorted(seen)):
+        assert i // 6 - 0.05 <= 5 * depth <= i // 6 + 1.05 and digits == [3, 3]
+    odd, cells = oracle(lambda text: -1 - parsed(text)[0] % 2 * 8), [[] for _ in range(5)]
+    for draw in map(random.Random, range(1, 5)):
+        cells[draw.randint(0, 3072) * 5 // 3072].append(draw.randint(1, 50_000) % 2)
+    found = evaluation.passkey(odd, TOKENIZER, 1024, 4, depths=5, seed=1, official=True)
+    assert found["by_depth"] == [np.mean(cell) if cell else None for cell in cells]
+    assert found["trials"] == 4 and 0 < found["accuracy"] == np.mean(sum(cells, [])) < 1
+    lengths = [len(prepare.official_passkey(TOKENIZER, 1024, seed)[0]) for seed in range(1, 5)]
+    assert None in found["by_depth"] and found["tokens"] == round(np.mean(lengths))
+
+
+@each_shape
+def test_generating_with_a_cache_is_generating_without(shape, monkeypatch):
+    """Token for token; the prompt is read in parts of PREFILL, and no token is read twice."""
+    model, seen = tiny(max_position_embeddings=64, **shape), []
+    prompt = TOKENS[0, :17].tolist()
+    expected = list(prompt)
+    for _ in range(40):
+        expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
+    assert len(set(expected[17:])) > (1 if model.config.tie_word_embeddings else 5)
+    model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    for prefill in (1024, 7, 3):
+        monkeypatch.setattr(evaluation, "PREFILL", prefill)
+        seen.clear()
+        ids = evaluation.generate(model, prompt, 40, torch.float32, set())
+        assert [*prompt, *ids] == expected
+        assert seen == [len(part) for part in torch.arange(17).split(prefill)] + [1] * 39
+
+
+@pytest.mark.parametrize("name", ["random", "tiny-llama"])
+def test_generation_is_that_of_transformers(name, tmp_path, monkeypatch):
+    """200 tokens, of a Llama that was interpolated too."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(evaluation, "PREFILL", 16)
+    model, prompt = tiny(max_position_embeddings=256), TOKENS[0, :40].tolist()
+    if name == "tiny-llama":
+        model = longlora.load_model(ROOT / "data" / name, torch.float32)
+        model.extend(400)
+        prompt = [1, *TOKENIZER.encode("def f(x):\n    return x * 2\n\n\nclass A:\n" * 5)]
+    longlora.save_model(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=200)[0]
+    got = [*prompt, *evaluation.generate(model, prompt, 200, torch.float32, set())]
+    assert got == expected.tolist() and len(got) == len(prompt) + 200
+
+
+def test_generation_ends_at_a_stop_token_and_with_the_window():
+    def generated(n, most=99, stop=()):  # after n tokens, in a window of 16
+        prompt = TOKENS[0, :n].tolist()
+        return list(evaluation.generate(tiny(), prompt, most, torch.float32, set(stop)))
+
+    whole = generated(6)
+    assert len(whole) == 10 and generated(6, 4) == whole[:4] and len(generated(15)) == 1
+    assert all(generated(6, 99, [id, 64]) == whole[:whole.index(id)] for id in whole)
+    for n, says in ((0, "empty"), (16, "model reads 16"), (17, "model reads 16")):
+        with pytest.raises(ValueError, match=says):
+            generated(n)
+    for eos, stop in ((None, {2}), (7, {2, 7}), ([2, 7, 9], {2, 7, 9})):
+        assert evaluation.stops(tiny(eos_token_id=eos), TOKENIZER) == stop
+
+
+def likeliest(logits, top_p):
+    """At temperature 0.5: the fewest tokens that have a share of top_p, and each one's of that."""
+    p, ids = (logits / 0.5).softmax(-1).sort(descending=True)
+    n = next(n for n in range(1, 65) if p[:n].sum() >= top_p)
+    return dict(zip(ids[:n].tolist(), (p[:n] / p[:n].sum()).tolist()))
+
+
+@torch.no_grad()
+def test_tokens_are_drawn_from_the_likeliest_that_have_the_share():
+    """As often as each one's share says; a seed gives one text, another another."""
+    model, prompt = tiny(max_position_embeddings=64), TOKENS[0, :9].tolist()
+
+    def drawn(most, top_p, seed):
+        how = torch.float32, set(), 0.5, top_p, seed
+        return list(evaluation.generate(model, prompt, most, *how))
+
+    for top_p in (0, 0.4, 0.6, 0.9999):
+        shares = likeliest(model(TOKENS[:1, :9])[0, -1], top_p)
+        ids = [drawn(1, top_p, seed)[0] for seed in range(150)]
+        often = {id for id, share in shares.items() if share > 0.05}
+        assert often <= set(ids) <= shares.keys() and (len(often) > 1) == (top_p > 0)
+        assert all(abs(ids.count(id) / 150 - share) < 0.12 for id, share in shares.items())
+    text = drawn(40, 0.6, 5)
+    assert text == drawn(40, 0.6, 5) != drawn(40, 0.6, 6)
+    for logits, id in zip(model(torch.tensor([prompt + text]))[0, 8:], text):
+        assert id in likeliest(logits, 0.6)
+
+
+@pytest.mark.parametrize("answer, topics, named", [
+    ("\n It was The Art of Bread. ", ["the art of BREAD", "sleep"], True), ("", ["sleep"], False),
+    ("sleep, then Bread", ["sleep", "bread"], False), ("sleep, bread", ["bread"], True),
+    ("the art of x", ["the art of x", "x"], True), ("the art of x", ["x", "the art of x"], False),
+    ("sleep\nand bread", ["sleep", "bread"], True), ("sleep\nand bread", ["bread"], False)])
+def test_an_answer_names_the_first_topic_and_no_other(answer, topics, named):
+    assert evaluation.names_topic(answer, topics) == named
+
+
+def test_topic_files_are_read_or_refused_by_line(tmp_path):
+    """LongChat's fields; U+2028 ends no line."""
+    case = {"test_id": 1, "prompt": "A\u2028record", "topics": ["the sea", "x"], "prompt_length": 9}
+    path, line = tmp_path / "topics.jsonl", json.dumps(case, ensure_ascii=False)
+    path.write_text(f"{line}\n\n{line}\n", encoding="utf-8")
+    assert evaluation.read_topic_cases(path) == [case, case]
+    for bad in ("{", "5", '{"prompt": "x"}', '{"prompt": "x", "topics": []}', "[" * 100_000,
+                '{"prompt": "x", "topics": "sleep"}', '{"prompt": 5, "topics": ["x"]}'):
+        path.write_text(f"{line}\n\n{bad}\n{line}", encoding="utf-8")
+        with pytest.raises(ValueError, match="topics.jsonl, line 3"):
+            evaluation.read_topic_cases(path)
 
 
 # train.py, and the command lines in a folder of small and of broken files -------------------------
@@ -1078,6 +1268,8 @@ def files(tmp_path_factory):
     for name in ("model", "broken", "no-json"):
         longlora.save_model(tiny(), root / name)
     os.truncate(root / "broken" / "model.safetensors", 1000)
+    longlora.save_model(tiny(vocab_size=2048, max_position_embeddings=4096), root / "reader")
+    shutil.copy(ROOT / "data" / "tiny-llama" / "tokenizer.model", root / "reader")
     (root / "no-json" / "config.json").write_text("{")
     tokens = np.random.default_rng(0).integers(3, 64, 6000).astype(np.uint16)
     for name, ids in ("tokens", tokens), ("short", tokens[:50]), ("beyond", tokens + 1):
@@ -1110,7 +1302,7 @@ def refused(status, err):
 
 
 def test_train_and_eval_as_a_user_runs_them(files, tmp_path):
-    out, rows = tmp_path / "out", tmp_path / "rows.json"
+    out = tmp_path / "out"
     subprocess.run([sys.executable, ROOT / "train.py", *RUN, "--out", out], cwd=files, check=True)
     assert set(os.listdir(out)) == {"adapter_config.json", "adapter_model.safetensors",
                                     "longlora.json", "log.jsonl", "results.json", "states"}
@@ -1126,14 +1318,78 @@ def test_train_and_eval_as_a_user_runs_them(files, tmp_path):
     assert list(table) == ["base", "interpolated", "extended"]
     assert all(list(row) == ["16", "32", "64"] for row in table.values())
     more = "--data tokens.bin --context 16,64 --max-tokens 500 --dtype float32".split()
-    subprocess.run([sys.executable, ROOT / "eval.py", "perplexity", "--model", "model", "--adapter",
-                    out, *more, "--json", rows], cwd=files, check=True)
-    model = tiny()
-    longlora.load_adapter(model, out)
-    for row, context in zip(json.loads(rows.read_text())["rows"], (16, 64), strict=True):
-        value, scored = reference_perplexity(model, tokens[:500], context, "once", context // 2)
-        assert row == {"context": context, "protocol": "once", "stride": context // 2,
-                       "tokens": scored, "perplexity": pytest.approx(value, rel=1e-4)}
+    longlora.load_adapter(model := tiny(), out)
+    expected = []
+    for context in (16, 64):
+        value, error, n, _ = reference_perplexity(model, tokens[:500], context, "once",
+                                                  context // 2)
+        expected.append({"context": context, "protocol": "once", "stride": context // 2,
+                         "perplexity": pytest.approx(value, rel=1e-4),
+                         "error": pytest.approx(error, rel=1e-3), "tokens": n})
+    for processes in (1, 2):
+        launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+        rows, launcher = tmp_path / f"{processes}.json", launcher if processes > 1 else []
+        printed = subprocess.run(
+            [sys.executable, *launcher, ROOT / "eval.py", "perplexity", "--model", "model",
+             "--adapter", out, *more, "--json", rows], cwd=files, check=True, text=True,
+            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+        assert formats.read_json(rows)["rows"] == expected
+        assert len(printed.splitlines()) == 3 and "perplexity" in printed  # the table, once
+
+
+def run_eval(monkeypatch, out, *arguments):
+    """The rows of eval.py, run in this process and as this process has changed it."""
+    monkeypatch.setattr(sys, "argv", list(map(str, ["eval.py", *arguments, "--json", out])))
+    evaluation.main()
+    return formats.read_json(out)["rows"]
+
+
+TEXT, QUESTION = "def naïve(☃):\n  # 🎉", ["--question", "Who?"]
+
+
+@pytest.mark.parametrize("given", [["--prompt", TEXT], ["--file", "text", *QUESTION], QUESTION])
+def test_generate_reads_a_text_and_streams_its_end(given, files, tmp_path, monkeypatch, capfd):
+    """A question is put as the paper's chat models read it; no half characters are written."""
+    answer, calls, shown = " naïve ☃ 🎉🎉 end", [], []
+    asked = f"[INST]{TEXT}\nWho?[/INST]" if "Who?" in given else TEXT
+    prompt, whole = (TOKENIZER.encode(x) for x in (asked, asked + answer))
+
+    def generate(model, *how):
+        calls.append(how)
+        for id in whole[len(prompt):]:
+            yield id
+            shown.append(capfd.readouterr().out)
+
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    monkeypatch.setattr(evaluation, "generate", generate)
+    flags = "--temperature 1.5 --top-p 0.7 --seed 5 --dtype float32 --model".split()
+    row, = run_eval(monkeypatch, tmp_path / "rows", "generate", *given, *flags, files / "reader")
+    assert calls == [([1, *prompt], 512, torch.float32, {2}, 1.5, 0.7, 5)]
+    assert "".join(shown) == answer == row["text"] and {" ", "ï", "☃", "🎉"} <= set(shown)
+    assert (row["prompt_tokens"], row["tokens"]) == (1 + len(prompt), len(whole) - len(prompt))
+
+
+def test_topics_are_counted_by_their_number(files, tmp_path, monkeypatch):
+    """Of a model that names the first topic where the name's length is even, else the second."""
+    cases = [prepare.topic_case(n, np.random.default_rng((n, i))) for i in range(6) for n in (8, 2)]
+    (tmp_path / "cases").write_text("\n".join(map(json.dumps, cases)))
+
+    def generate(model, prompt, *_):
+        text = TOKENIZER.decode(prompt)
+        topics = re.findall(r"\nUSER: I would like to discuss the topic of (.*)\.\n", text)
+        assert any(case["topics"] == topics for case in cases) and len(topics) == len(set(topics))
+        assert text.startswith("{}[INST]Below is") and text.endswith("ASSISTANT:[/INST]")
+        return iter(TOKENIZER.encode(topics[len(topics[0]) % 2]))
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    rows = run_eval(monkeypatch, tmp_path / "rows", "topics", "--model", files / "reader",
+                    "--template", "{}[INST]{prompt}[/INST]", "--file", tmp_path / "cases")
+    topics = [case["topics"] for case in cases]
+    shares = [np.mean([len(x[0]) % 2 == 0 for x in topics if len(x) == n]) for n in (2, 8)]
+    assert [(row["topics"], row["cases"], row["accuracy"]) for row in rows] == [
+        (2, 6, shares[0]), (8, 6, shares[1])] and len({0, 1, *shares}) == 4
 
 
 @pytest.mark.parametrize("end, says, steps, more", [
@@ -1184,8 +1440,17 @@ BAD_INPUT = {
         | --lr nan | --trainable lora,head | --attention x | --out tokens.bin | --passkey 0.1
         | --out model --overwrite | --resume --overwrite | --context-parallel 2""",
     "eval.py perplexity": """--adapter nowhere | --adapter model | --data short.bin --context 64
-        | --context 16,x | --stride 16 | --attention shifted --group-size 7 | --json nowhere/x""",
-    "eval.py passkey": "--model model", "eval.py": "",  # no tokenizer; no command
+        | --context 16,x | --stride 16 | --attention shifted --group-size 7 | --json nowhere/x
+        | --by-position 16 | --by-position -1 | --max-tokens 15 | --plot x.pdf""",
+    "eval.py passkey --model reader": """--model model | --depths 0 | --length 9 | --length 64,0
+        | --trials 0 | --seed -1 | --plot x.jpg | --plot nowhere/x.png""",
+    "eval.py topics --model reader": """--model model | --file nowhere | --file tokens.bin
+        | --topics 97 | --topics 2,90 | --cases 0 | --template [INST] | --template {0}""",
+    "eval.py generate --model reader": """--file nowhere | --file model | --file tokens.bin
+        | --prompt x --file tokens.bin | --prompt x --top-p 2 | --prompt x --top-p nan
+        | --prompt x --temperature -1 | --prompt x --max-new-tokens 0 | --prompt x --model model
+        | --prompt x WORLD_SIZE=2""",
+    "eval.py": "",  # no command
     "data/prepare.py": """nowhere.txt --out x.bin | tokens.bin --out x.bin | model --out x.bin
         | tokens.bin | --tokenizer nowhere | --tokenizer tokens.bin""",
 }
@@ -1193,9 +1458,12 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("line, bad", [
     (line, case.strip()) for line, cases in BAD_INPUT.items() for case in cases.split("|")])
-def test_bad_input_is_one_line_and_exit_status_2(line, bad, files, command):
+def test_bad_input_is_one_line_and_exit_status_2(line, bad, files, command, monkeypatch):
     good = {"train.py": RUN, "eval.py perplexity": RUN[:4] + ["--context", "16"]}.get(line, [])
     before = sorted(os.listdir(files))
+    if "WORLD_SIZE=2" in bad:  # as torchrun sets it
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        bad = bad.replace("WORLD_SIZE=2", "")
     assert refused(*command(*line.split(), *good, *bad.split()))
     assert sorted(os.listdir(files)) == before
 
@@ -1203,9 +1471,26 @@ def test_bad_input_is_one_line_and_exit_status_2(line, bad, files, command):
 # Several processes, and runs that survive ---------------------------------------------------------
 
 
-def halo_worker(rank, size, store):
-    """Shifted attention of `size` processes, each with a part of T, against that of one."""
+def evaluated():
+    """Numbers of perplexity in 1 and in 11 batches, of 5 passkeys, 7 official ones, and a sum."""
+    tokens, shares, sums = TOKENS.flatten().numpy(), evaluation.Shares(7), np.zeros(7)
+    sums[shares.mine] += 2 ** np.array(shares.mine)
+    numbers = [*shares.total(sums)]
+    for n in (12, 128):
+        *found, by_position = evaluation.perplexity(tiny(), tokens[:n], 12, stretches=3)
+        numbers = [*found, *by_position, *numbers]
+    model = oracle(lambda text: -9 if parsed(text)[0] % 4 == 1 else -1)
+    for trials, depths, official in ((1, 5, False), (7, 3, True)):
+        found = evaluation.passkey(model, TOKENIZER, 300, trials, depths, official=official)
+        numbers = [*found.pop("by_depth"), *found.values(), *numbers]
+    return np.array(numbers, float)  # None: NaN
+
+
+def worker(rank, size, store, one):
+    """What `size` processes evaluate, against `one`; and shifted attention, each a part of T."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    evaluation.BATCH_TOKENS = 24
+    np.testing.assert_allclose(evaluated(), one, rtol=1e-6)
     sent, batch = [], dist.batch_isend_irecv
 
     def counted(works):
@@ -1235,9 +1520,13 @@ def halo_worker(rank, size, store):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_context_parallel_attention_is_that_of_one_process(size, tmp_path):
-    """In value and gradients; the traffic is 2 * (G/2) * (H_kv/2) * D elements a row and way."""
-    torch.multiprocessing.spawn(halo_worker, (size, tmp_path / "store"), size)
+def test_processes_attend_and_evaluate_as_one_does(size, tmp_path, monkeypatch):
+    """What they cannot share evenly; and context-parallel attention in value and gradients, whose
+    traffic is 2 * (G/2) * (H_kv/2) * D elements a row and way."""
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 24)
+    one = evaluated()
+    assert one[-7:].tolist() == [1, 2, 4, 8, 16, 32, 64] and np.isnan(one).sum() == 1
+    torch.multiprocessing.spawn(worker, (size, tmp_path / "store", one), size)
 
 
 def torchrun(files, out, *flags, launchers=1, processes=2, wait=True, elastic=()):
@@ -1422,7 +1711,7 @@ import json, sys
 import torch
 import longlora
 from data.plan import plan
-from eval import autocast
+from data.team import autocast
 torch.set_num_threads(1)
 
 def memory(kind):

@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare, states
-from data.team import Team, join, leave, peak_memory, place, print0
-from eval import (TINY_LLAMA, attention_pattern, autocast, compute_dtype, load_tokenizer,
-                  open_tokens, perplexity)
+from data.team import Team, autocast, compute_dtype, join, leave, peak_memory, place, print0
+from eval import TINY_LLAMA, attention_pattern, perplexity
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
 # measured for models below 100 million parameters (data/README.md). A small model learns at a
@@ -340,7 +339,8 @@ def main(run: Run) -> None:
     resolve(run, model)
     pattern = attention_pattern(run.attention, run.group_size)
     with team.first_one_first():  # it encodes texts, the others find them encoded
-        train, valid, test = (open_tokens(run.data, run.model, model.config.vocab_size, split)
+        rows = model.config.vocab_size
+        train, valid, test = (prepare.open_tokens(run.data, run.model, rows, split)
                               for split in ("train", "valid", "test"))
     state = find_state(run, team) if run.resume else None
     if len(train) <= run.context:
@@ -353,7 +353,7 @@ def main(run: Run) -> None:
                          "--eval-every 0 --eval-tokens 0")
     tokenizer = None
     if run.passkey:
-        tokenizer = load_tokenizer(run.model, model.config.vocab_size)
+        tokenizer = prepare.load_tokenizer(run.model, model.config.vocab_size)
         prepare.passkey_document(tokenizer, prepare.PASSKEY_TOKENS,  # does one fit?
                                  np.random.default_rng(0), held_out=False)
     if main_process:
@@ -373,7 +373,7 @@ def main(run: Run) -> None:
         if run.eval_tokens and name not in results["perplexity"]:
             print0(f"held-out perplexity: {name}")
             results["perplexity"][name] = {
-                str(c): perplexity(model, test, c, dtype=dtype)[0] for c in contexts}
+                str(c): perplexity(model, test, c, dtype=dtype).value for c in contexts}
 
     if run.init == "pretrained":
         measure("base")
@@ -437,7 +437,7 @@ def main(run: Run) -> None:
                     "tokens": (step + 1) * run.batch_size * run.context,
                     "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory(device)}
             if run.eval_every and (step + 1) % run.eval_every == 0:
-                value, _ = perplexity(model, valid, run.context, dtype=dtype)
+                value = perplexity(model, valid, run.context, dtype=dtype).value
                 line["held_out_loss"] = math.log(value)
                 held_out = f", held-out loss {math.log(value):.3f}"
             log.write(json.dumps(line) + "\n")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import longlora
-from eval import autocast
+from data.team import autocast
 
 CUDA_GIB, FRAGMENTED = 1, 0.05  # what CUDA itself takes; what its allocator cannot use
 

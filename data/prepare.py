@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import sys
 import sysconfig
@@ -171,9 +172,13 @@ class Tokenizer:
         return text
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """A SentencePiece model, with the added tokens beside it; `path` is the file, or a model folder
-    with a `tokenizer.model`. Raises FileNotFoundError, ValueError."""
+    with a `tokenizer.model`.
+
+    Raises FileNotFoundError, and ValueError if it has more pieces than `vocab_size`, the model's.
+    (Added tokens may be beyond the model, as long as no text has them.)
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.model"
@@ -196,6 +201,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                          "--data must be a token file (.bin)") from None
     if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
         raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
+    if vocab_size and (pieces := tokenizer.pieces.vocab_size()) > vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {pieces} pieces, the model only {vocab_size}")
     return tokenizer
 
 
@@ -247,6 +254,44 @@ def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
     return out
 
 
+def open_tokens(data: str, model_path: str, vocab_size: int,
+                split: str | None = None) -> np.ndarray:
+    """The token ids (N,) of `data`, mapped: "stdlib", "stdlib+tests", a .bin token file, or texts.
+
+    `split` is "train", "valid" or "test". The library is split by file (None: "test"); of other
+    data "valid" and "test" are the last two twentieths, a million tokens each at most, and None is
+    all. Texts are encoded with the model's tokenizer, once, into data/tokens. Raises
+    FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
+    """
+    library = data in ("stdlib", "stdlib+tests")
+    pieces = vocab_size
+    if Path(data).suffix != ".bin":  # as wide as the tokenizer wrote them
+        pieces = load_tokenizer(model_path, vocab_size).vocab_size()
+    if library:
+        tests = data.endswith("tests") and split == "train"
+        path = library_tokens(model_path, split or "test", tests)
+    elif Path(data).suffix == ".bin":
+        path = Path(data)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such token file")
+    else:
+        path = text_tokens(data, model_path)
+    dtype = np.dtype(token_dtype(pieces))
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
+    tokens = np.memmap(path, dtype, mode="r")
+    if split and not library:
+        held_out = min(len(tokens) // 20, 1_000_000)
+        first, second = len(tokens) - 2 * held_out, len(tokens) - held_out
+        part = {"train": slice(first), "valid": slice(first, second), "test": slice(second, None)}
+        tokens = tokens[part[split]]
+    for start in range(0, len(tokens), 1 << 24):
+        if (highest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
+            raise ValueError(f"{path}: token id {highest} is beyond the vocabulary of {vocab_size}")
+    return tokens
+
+
 def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:8]
 
@@ -258,42 +303,57 @@ FILLER = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
           "There and back again. ")
 
 
-def passkey_document(tokenizer, length: int, rng: np.random.Generator,
-                     held_out: bool) -> tuple[list[int], int]:
+def passkey_prompt(tokenizer, key: int, first: str, second: str) -> tuple[list[int], int]:
+    """The ids of a prompt with its answer, BOS first, and how many at the end are the answer: five
+    lines, a number between two stretches of filler (Section 4.2)."""
+    question = "\n".join([
+        "A pass key is hidden in the text below. Find it and remember it.",
+        first,
+        f"The pass key is {key}. Remember it. {key} is the pass key.",
+        second,
+        "What is the pass key? The pass key is",
+    ])
+    ids = [tokenizer.bos_id(), *tokenizer.encode(f"{question} {key}")]
+    return ids, len(ids) - 1 - len(tokenizer.encode(question))
+
+
+def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out: bool,
+                     depths: tuple[float, float] = (0.0, 1.0)) -> tuple[list[int], int]:
     """A passkey prompt with its answer: at most `length` token ids, BOS first, and how many at the
     end are the answer.
 
-    The key (1 to 50,000) and its depth (characters of filler before it) are drawn from `rng`. Those
-    whose last digit is 3 are held out: training draws only others (`held_out=False`), evaluation
-    only those. Raises ValueError if `length` is too short for the prompt.
+    The key (1 to 50,000) and its depth (characters of filler before it, as a share within `depths`)
+    are drawn from `rng`. Those whose last digit is 3 are held out: training draws only others
+    (`held_out=False`), evaluation only those. Raises ValueError if `length` is too short for the
+    prompt.
     """
-
-    def draw(low: int, high: int) -> int:
-        while True:
-            number = int(rng.integers(low, high + 1))
-            if (number % 10 == 3) == held_out:
-                return number
-
-    key = draw(1, 50_000)
-    depth = rng.random()
+    key = int(rng.integers(1, 50_001))
+    while (key % 10 == 3) != held_out:
+        key = int(rng.integers(1, 50_001))
+    low, high = depths
+    depth = low + (high - low) * rng.random()
     characters = 4 * length
     while characters >= 10:
         filler = FILLER * (characters // len(FILLER) + 1)
         before = int(depth * (characters - 9))
         while (before % 10 == 3) != held_out:
             before += 1
-        question = "\n".join([
-            "A pass key is hidden in the text below. Find it and remember it.",
-            filler[:before],
-            f"The pass key is {key}. Remember it. {key} is the pass key.",
-            filler[before:characters],
-            "What is the pass key? The pass key is",
-        ])
-        ids = [tokenizer.bos_id(), *tokenizer.encode(f"{question} {key}")]
+        ids, n = passkey_prompt(tokenizer, key, filler[:before], filler[before:characters])
         if len(ids) <= length:
-            return ids, len(ids) - 1 - len(tokenizer.encode(question))
+            return ids, n
         characters -= max(1, 2 * (len(ids) - length))
     raise ValueError(f"a passkey prompt does not fit into {length} tokens; ask for more")
+
+
+def official_passkey(tokenizer, length: int, seed: int) -> tuple[list[int], int, float]:
+    """The official evaluation's prompt for a nominal `length` and a seed, as `passkey_document`
+    gives it, and the key's depth, 0 to 1. Its filler has 3.75 characters a token, rounded down to
+    a multiple of 1,024; its keys are not held out from anybody's training."""
+    characters, draw = int(3.75 * length // 1024 * 1024), random.Random(seed)
+    filler = FILLER * (characters // len(FILLER) + 1)
+    before, key = draw.randint(0, characters), draw.randint(1, 50_000)
+    ids, n = passkey_prompt(tokenizer, key, filler[:before], filler[:characters - before])
+    return ids, n, before / max(1, characters)
 
 
 PASSKEY_TOKENS = 128  # the shortest document that training makes
@@ -311,6 +371,37 @@ def passkey_documents(tokenizer, room: int, rng: np.random.Generator) -> list[in
         document, _ = passkey_document(tokenizer, length, rng, held_out=False)
         ids += [*document, tokenizer.eos_id()]
     return ids
+
+
+# --------------------------------------------------------------------------------------------------
+# Records of conversations, whose first topic is asked for (LongChat's topic retrieval)
+
+ASPECTS = ("history", "future", "science", "beauty", "economics", "dangers", "craft", "language")
+SUBJECTS = ("bridges", "bread", "chess", "deserts", "elections", "gardens", "glaciers", "harbours",
+            "libraries", "maps", "railways", "sleep")
+REMARKS = ("What should one know first?", "Who has shaped it most?", "What do people get wrong?",
+           "Where would you begin?", "What has changed lately?")
+
+
+def topic_case(conversations: int, rng: np.random.Generator) -> dict:
+    """A record with the fields of LongChat's test cases: `prompt`, `topics`. Raises ValueError for
+    more conversations than there are topics."""
+    every = [f"the {aspect} of {subject}" for aspect in ASPECTS for subject in SUBJECTS]
+    if conversations > len(every):
+        raise ValueError(f"{conversations} conversations: there are only {len(every)} topics")
+    topics = [every[i] for i in rng.permutation(len(every))[:conversations]]
+    lines = [f"Below is a record of conversations on {conversations} topics between a USER and an "
+             "ASSISTANT. Each opens with 'I would like to discuss the topic of <TOPIC>'. "
+             "At the end you are asked for the first topic."]
+    for topic in topics:
+        lines.append(f"USER: I would like to discuss the topic of {topic}.")
+        lines.append(f"ASSISTANT: With pleasure, there is much to say about {topic}.")
+        for i in rng.permutation(len(REMARKS))[:3]:
+            lines.append(f"USER: {REMARKS[i]}")
+            lines.append("ASSISTANT: Opinions differ, and the best books start with an example.")
+    lines.append("USER: This is the end of the record. What was the first topic? Give only its "
+                 "name.\nASSISTANT:")
+    return {"prompt": "\n".join(lines), "topics": topics}
 
 
 # --------------------------------------------------------------------------------------------------
