@@ -28,13 +28,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 import longlora
-from data import plots, prepare
-from data.team import autocast, compute_dtype, is_main, join, leave, print0
+from data import paper, plots, prepare
+from data.team import Team, autocast, compute_dtype, is_main, join, leave, print0
 
 TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
 BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
@@ -43,10 +41,10 @@ BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
 def attention_pattern(attention: str, group_size: int) -> dict:
     """What a model's call takes for "full", "local" or "shifted" attention. Raises ValueError if
     the group size is odd."""
-    if group_size % 2:
-        raise ValueError(f"--group-size must be even, got {group_size}")
     if attention == "full":
         return {}
+    if group_size % 2:
+        raise ValueError(f"--group-size must be even, got {group_size}")
     return {"group_size": group_size, "shift": attention == "shifted"}
 
 
@@ -92,6 +90,16 @@ def windows(length: int, context: int, protocol: str,
             return
 
 
+def check_windows(length: int, context: int, protocol: str, stride: int, stretches: int) -> None:
+    """Raises ValueError if there is nothing to score."""
+    if context < 2 or not 0 < stride < context and protocol == "once":
+        raise ValueError(f"windows of {context} tokens cannot start every {stride} tokens")
+    if stretches > context - 1:
+        raise ValueError(f"{context - 1} targets of a window have no {stretches} stretches")
+    if length < context:
+        raise ValueError(f"{length:,} tokens are too few for windows of {context:,}")
+
+
 class Perplexity(NamedTuple):
     value: float
     error: float | None  # standard error, from how much the windows' losses differ
@@ -111,13 +119,8 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
     ValueError if there is nothing to score.
     """
     stride = stride or default_stride(protocol, context)
-    if context < 2 or not 0 < stride < context and protocol == "once" or stride < 1:
-        raise ValueError(f"windows of {context} tokens cannot start every {stride} tokens")
-    if stretches > context - 1:
-        raise ValueError(f"{context - 1} targets of a window have no {stretches} stretches")
+    check_windows(len(tokens), context, protocol, stride, stretches)
     spans = list(windows(len(tokens), context, protocol, stride))
-    if len(tokens) < context or not spans:
-        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context}")
     device = model.lm_head.weight.device
     batches = []
     while spans:
@@ -220,10 +223,7 @@ class Cache:
         self.layer = (self.layer + 1) % len(self.kv)
         if self.layer == 0:
             self.length = end
-        if T == end:
-            return longlora.causal_attention(q, k, v)
-        mask = None if T == 1 else causal_lower_right(T, end)  # the last query sees all keys
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+        return longlora.causal_attention(q, k, v)
 
 
 @torch.no_grad()
@@ -241,11 +241,11 @@ def generate(model: longlora.Llama, prompt: list[int], most: int, dtype: torch.d
         raise ValueError("the prompt is empty")
     random = torch.Generator().manual_seed(seed)
     cache = Cache(model.config, min(len(prompt) + most, window), device, dtype)
-    left = list(prompt)
+    new = prompt
     for _ in range(min(most, window - len(prompt))):
-        while left:
-            ids = torch.tensor([left[:PREFILL]], device=device)
-            left = left[PREFILL:]
+        for start in tqdm(range(0, len(new), PREFILL), desc="reading", unit_scale=PREFILL,
+                          unit="tok", leave=False, disable=len(new) <= PREFILL):
+            ids = torch.tensor([new[start:start + PREFILL]], device=device)
             with autocast(device, dtype):
                 x = model.model(ids, start=cache.length, attention=cache)
         with autocast(device, dtype):
@@ -259,7 +259,7 @@ def generate(model: longlora.Llama, prompt: list[int], most: int, dtype: torch.d
         if chosen in stop:
             return
         yield chosen
-        left = [chosen]
+        new = [chosen]
 
 
 def stops(model: longlora.Llama, tokenizer) -> set[int]:
@@ -306,48 +306,38 @@ def names_topic(answer: str, topics: list[str]) -> bool:
 # Command line
 
 
-def integers(text: str) -> list[int]:
-    """Positive integers joined by commas."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive integers, got {text}")
-    return values
+def within(kind: type, low: float, high: float = math.inf):
+    """An argument's type: an int or float from low to high."""
 
-
-def number(low: float, high: float):
-    """An argument's type: a float from low to high."""
-
-    def value(text: str) -> float:
-        if not low <= (x := float(text)) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low:g} to {high:g}, got {text}")
+    def value(text: str):
+        if not low <= (x := kind(text)) <= high:
+            most = f" to {high:g}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g}{most}, got {text}")
         return x
 
+    value.__name__ = kind.__name__  # which argparse names
     return value
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
+positive, natural = within(int, 1), within(int, 0)
 
 
-def natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text}")
-    return value
+def integers(text: str) -> list[int]:
+    """Positive integers joined by commas."""
+    return [positive(part) for part in text.split(",")]
 
 
 def load(args: argparse.Namespace,
-         longest: int | None = None) -> tuple[longlora.Llama, torch.dtype]:
-    """The model that was asked for, on this process's device, and what to compute in."""
-    device, _ = join(1)
+         longest: int | None = None) -> tuple[longlora.Llama, torch.dtype, Team]:
+    """The model that was asked for, on this process's device; what to compute in; and with whom."""
+    device, team = join(1)
     dtype = compute_dtype(args.dtype, device)
-    model = longlora.load_model(args.model, dtype, device, context=longest)
+    model = longlora.load_model(args.model, dtype, device, context=longest or args.extend)
     if args.adapter:
         longlora.load_adapter(model, args.adapter, args.extend)
     elif args.extend:
         model.extend(args.extend)
-    return model, dtype
+    return model, dtype, team
 
 
 def print_table(rows: list[dict]) -> None:
@@ -364,21 +354,24 @@ def print_table(rows: list[dict]) -> None:
         print0("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
-def stretch_columns(values: list[float | None]) -> dict:
+def stretch_columns(values: list[float]) -> dict:
     return {f"to {(i + 1) / len(values):.0%}": value for i, value in enumerate(values)}
 
 
 def run_perplexity(args: argparse.Namespace) -> list[dict]:
-    model, dtype = load(args, max(args.context))
-    tokens = prepare.open_tokens(args.data, args.model,
-                                 model.config.vocab_size)[:args.max_tokens]
-    if len(tokens) < max(args.context):
-        raise ValueError(f"{len(tokens):,} tokens are too few for windows of {max(args.context):,}")
+    if args.attention != "full" and not args.group_size:
+        raise ValueError(f"--attention {args.attention} needs --group-size: an adapter does not "
+                         "say with which it was trained (train.py prints it)")
+    pattern = attention_pattern(args.attention, args.group_size)
+    model, dtype, team = load(args, max(args.context))
+    with team.first_one_first():  # it encodes texts, the others find them encoded
+        tokens = prepare.open_tokens(args.data, args.model,
+                                     model.config.vocab_size)[:args.max_tokens]
+    strides = [args.stride or default_stride(args.protocol, context) for context in args.context]
+    for context, stride in zip(args.context, strides):  # all of them before the work
+        check_windows(len(tokens), context, args.protocol, stride, args.by_position)
     rows = []
-    for context in args.context:
-        stride = args.stride or default_stride(args.protocol, context)
-        group_size = args.group_size or longlora.default_group_size(context)
-        pattern = attention_pattern(args.attention, group_size)
+    for context, stride in zip(args.context, strides):
         found = perplexity(model, tokens, context, args.protocol, stride, dtype, **pattern,
                            stretches=args.by_position)
         rows.append({"context": context, "protocol": args.protocol, "stride": stride,
@@ -390,27 +383,28 @@ def run_perplexity(args: argparse.Namespace) -> list[dict]:
         print0("\nby position in the window:")
         print_table([{"context": row["context"], **stretch_columns(row["by_position"])}
                      for row in rows])
-    if args.plot and is_main():
-        if args.by_position:
-            n = args.by_position
-            series = {f"windows of {row['context']:,}":
-                      ([row["context"] * (i + 1) // n for i in range(n)], row["by_position"], None)
-                      for row in rows}
-            plots.curve(args.plot, series, "Perplexity up to a position in the window",
-                        "perplexity", xlabel="position (tokens)")
-        else:
-            values, errors = ([row[name] for row in rows] for name in ("perplexity", "error"))
-            plots.curve(args.plot, {f"{args.attention} attention": (args.context, values, errors)},
-                        "Perplexity by context", "perplexity")
     return rows
 
 
+def plot_perplexity(args: argparse.Namespace, rows: list[dict]) -> None:
+    if n := args.by_position:
+        series = {f"windows of {row['context']:,}":
+                  ([row["context"] * (i + 1) // n for i in range(n)], row["by_position"], None)
+                  for row in rows}
+        plots.curve(args.plot, series, "Perplexity up to a position in the window", "perplexity",
+                    xlabel="position (tokens)")
+    else:
+        values, errors = ([row[name] for row in rows] for name in ("perplexity", "error"))
+        plots.curve(args.plot, {f"{args.attention} attention": (args.context, values, errors)},
+                    "Perplexity by context", "perplexity")
+
+
 def run_passkey(args: argparse.Namespace) -> list[dict]:
-    model, dtype = load(args, max(args.length))
+    model, dtype, _ = load(args, max(args.length))
     tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
     rows = []
-    if not args.official:  # does the shortest fit?
-        prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(0), True)
+    for seed in range(0 if args.official else 20):  # does the shortest fit?
+        prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(seed), True)
     for length in args.length:
         rows.append(passkey(model, tokenizer, length, args.trials, args.depths, args.seed, dtype,
                             args.official))
@@ -418,9 +412,11 @@ def run_passkey(args: argparse.Namespace) -> list[dict]:
                  | (stretch_columns(row["by_depth"]) if args.depths > 1 else {}) for row in rows])
     if args.depths > 1:
         print0('"to 20%": keys that lie up to so deep in the filler; 0% is where the prompt begins')
-    if args.plot and is_main():
-        plots.heatmaps(args.plot, {Path(args.adapter or args.model).name: rows})
     return rows
+
+
+def plot_passkey(args: argparse.Namespace, rows: list[dict]) -> None:
+    plots.heatmaps(args.plot, {Path(args.adapter or args.model).name: rows})
 
 
 def run_topics(args: argparse.Namespace) -> list[dict]:
@@ -431,7 +427,7 @@ def run_topics(args: argparse.Namespace) -> list[dict]:
     else:
         cases = [prepare.topic_case(n, np.random.default_rng((args.seed, n, i)))
                  for n in args.topics for i in range(args.cases)]
-    model, dtype = load(args)
+    model, dtype, _ = load(args)
     tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
     window = model.config.max_position_embeddings
     prompts = [[tokenizer.bos_id(),
@@ -456,18 +452,24 @@ def run_topics(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def run_generate(args: argparse.Namespace) -> list[dict]:
+def one_process(command: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("generate runs in one process: python eval.py generate")
+        raise ValueError(f"not under torchrun: python eval.py {command}")
+
+
+def run_generate(args: argparse.Namespace) -> list[dict]:
+    one_process("generate")
     if args.prompt is not None and args.file:
         raise ValueError("--prompt and --file exclude each other")
     text = args.prompt
     if text is None:
+        if not args.file and sys.stdin.isatty():
+            print("reading the text from standard input, up to Ctrl-D", file=sys.stderr)
         text = (args.file.read_text(encoding="utf-8", errors="replace") if args.file
                 else sys.stdin.read())
     if args.question:
         text = f"[INST]{text}\n{args.question}[/INST]"
-    model, dtype = load(args)
+    model, dtype, _ = load(args)
     tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
     prompt = [tokenizer.bos_id(), *tokenizer.encode(text)]
     began, ids, whole, shown = time.perf_counter(), [], "", ""
@@ -487,7 +489,7 @@ def run_generate(args: argparse.Namespace) -> list[dict]:
 
 
 def run_paper(args: argparse.Namespace) -> list[dict]:
-    from data import paper
+    one_process("paper")
     return paper.run(args.out, args.only, args.seeds, args.jobs)
 
 
@@ -496,10 +498,11 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str, plot: str | None = None) -> argparse.ArgumentParser:
+    def command(name: str, run, text: str, plot: str | None = None,
+                draw=None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run, plot=None)
+        sub.set_defaults(run=run, draw=draw, plot=None)
         sub.add_argument("--json", type=Path, help="write the rows to this file too")
         if plot:
             sub.add_argument("--plot", type=Path, help=f"draw {plot} to this .png or .svg "
@@ -518,7 +521,7 @@ def main() -> None:
         return sub
 
     sub = with_model(command("perplexity", run_perplexity, "Perplexity over sliding windows.",
-                             "perplexity against context, or position,"))
+                             "perplexity against context, or position,", plot_perplexity))
     sub.add_argument("--data", default="stdlib",
                      help="stdlib (its test split), a .bin token file, .txt, .jsonl or a folder")
     sub.add_argument("--context", type=integers, default="256,512,1024,2048",
@@ -534,10 +537,11 @@ def main() -> None:
     sub.add_argument("--attention", default="full", choices=("full", "shifted", "local"),
                      help="attention pattern")
     sub.add_argument("--group-size", type=positive,
-                     help="tokens in a group (a quarter of the window)")
+                     help="tokens in a group, with --attention shifted or local")
 
     sub = with_model(command("passkey", run_passkey, "Share of passkeys retrieved, by length of "
-                             "the prompt and depth of the key.", "the share by length and depth"))
+                             "the prompt and depth of the key.", "the share by length and depth",
+                             plot_passkey))
     sub.add_argument("--length", type=integers, default="128,256,512,1024,2048",
                      help="tokens in a prompt, at most")
     sub.add_argument("--depths", type=positive, default=5, help="stretches of depth")
@@ -550,7 +554,7 @@ def main() -> None:
     sub = with_model(command("topics", run_topics, "Topic retrieval (LongChat): share of records "
                              "of conversations whose first topic is named."))
     sub.add_argument("--file", type=Path, help="LongChat's test cases, .jsonl (generated ones)")
-    sub.add_argument("--topics", type=integers, default="5,10,15,20,25",
+    sub.add_argument("--topics", type=integers, default="5",
                      help="conversations in a generated record")
     sub.add_argument("--cases", type=positive, default=10, help="generated records of each number")
     sub.add_argument("--template", default="{prompt}",
@@ -565,8 +569,8 @@ def main() -> None:
     sub.add_argument("--question", help="ask this about the text, as the paper's chat models were "
                      "trained: [INST]text, question[/INST]")
     sub.add_argument("--max-new-tokens", type=positive, default=512, help="tokens to write at most")
-    sub.add_argument("--temperature", type=number(0, 100), default=0.6, help="0: greedy")
-    sub.add_argument("--top-p", type=number(0, 1), default=0.9,
+    sub.add_argument("--temperature", type=within(float, 0, 100), default=0.6, help="0: greedy")
+    sub.add_argument("--top-p", type=within(float, 0, 1), default=0.9,
                      help="draw from the likeliest tokens that have this share")
     sub.add_argument("--seed", type=natural, default=0, help="of what is drawn")
 
@@ -589,9 +593,15 @@ def main() -> None:
     rows = args.run(args)
     if args.json and is_main():
         longlora.write_json(args.json, {"rows": rows})
+    if args.plot and is_main():
+        args.draw(args, rows)
     leave()
 
 
 if __name__ == "__main__":
     with prepare.one_line_errors():
-        main()
+        try:
+            main()
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"out of memory: {str(error).splitlines()[0]} Try shorter windows or prompts, "
+                     "or --dtype bfloat16")

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -278,13 +279,16 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Full causal attention: q (B, H, T, D), k and v (B, H_kv, T, D); returns (B, H, T, D)."""
+    """Full causal attention: q (B, H, T, D), k and v (B, H_kv, S, D); returns (B, H, T, D). The
+    queries are those of the last T of S tokens (S > T: keys that were kept in generation)."""
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.is_cuda and q.dtype == torch.float32:
         # Flash takes no float32 there, and the kernel that does takes no grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = False
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    T, S = q.shape[2], k.shape[2]
+    mask = None if T == S else causal_lower_right(T, S)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=gqa)
 
 
 class Attention(nn.Module):
@@ -420,7 +424,7 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 125 MiB in float32 a
 def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                  mean: bool = True) -> torch.Tensor:
     """Mean cross-entropy of the head's logits, in chunks of tokens; 0 where every target is -100.
-    With `mean=False` that of each token, (B, T).
+    With `mean=False` that of each token, (B, T), for use without gradients.
 
     x (B, T, C), weight (V, C), targets (B, T). All logits at once would be the largest tensor of
     the run by far: at T = 100,000 and V = 32,000 they take 12 GiB in float32, and their gradient as

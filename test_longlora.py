@@ -5,6 +5,7 @@
     python test_longlora.py   # no test: the time of S2-Attn over that of full attention, and of
                               # loading a model over that of reading its file
 """
+import fcntl
 import io
 import json
 import math
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import longlora
 import train
-from data import formats, prepare, states, team
+from data import formats, paper, plots, prepare, states, team
 from data.plan import micro_step, plan, report
 from longlora import Llama, LlamaConfig, shifted_sparse_attention
 
@@ -1229,6 +1230,81 @@ def test_topic_files_are_read_or_refused_by_line(tmp_path):
         path.write_text(f"{line}\n\n{bad}\n{line}", encoding="utf-8")
         with pytest.raises(ValueError, match="topics.jsonl, line 3"):
             evaluation.read_topic_cases(path)
+
+
+def test_the_paper_makes_each_run_once_and_prints_means_with_their_spread(tmp_path, monkeypatch,
+                                                                          capsys):
+    calls, status = [], 0
+
+    def fake(words, env, stdout, stderr, pass_fds):
+        """Perplexity: 10 at 2,048 tokens, 20 as trained, plus the seed."""
+        calls.append(words)
+        value = dict(zip(words, words[1:]))
+        stdout.write("it broke\n")
+        if words[1].endswith("train.py"):
+            Path(value["--out"]).mkdir(exist_ok=True)
+            (Path(value["--out"]) / "results.json").write_text("{}")
+        elif words[2] == "passkey":
+            rows = [{"length": int(n), "accuracy": 0.5, "by_depth": [0.0, 1.0]}
+                    for n in value["--length"].split(",")]
+        else:
+            model = value.get("--adapter", value.get("--model", "seed-0"))
+            first = (20 if "--attention" in words else 10) + int(model[-1])
+            rows = [{"context": int(c), "perplexity": float(first)}
+                    for c in value["--context"].split(",")]
+        if "--json" in words:
+            Path(value["--json"]).write_text(json.dumps({"rows": rows}))
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(paper.subprocess, "run", fake)
+    paper.run(tmp_path, None, 3, jobs=4)
+    trained = [words for words in calls if words[1].endswith("train.py")]
+    assert len(trained) == 9 + 5 * 3 + 2 + 1 + 4  # full fine-tuning, LoRA+ and T/2 are shared
+    assert len({str(words) for words in calls}) == len(calls)
+    printed = capsys.readouterr().out
+    assert re.search(r"S2-Attn +12.00 ± 1.00 +12.00 ± 1.00 +22.00 ± 1.00", printed)
+    assert re.search(r"stretched +0.50 +0.50", printed) and re.search(r"base +10.00", printed)
+    rows = json.loads((tmp_path / "table-2.json").read_text())["rows"]
+    assert {(row["variant"], row["seed"], row["2048"]) for row in rows} == {
+        (name, seed, 10 + seed) for name in paper.TABLE_2 for seed in (1, 2, 3)}
+
+    calls.clear()
+    paper.run(tmp_path, [1, 5], 3, jobs=2)
+    assert not calls and (tmp_path / "table-2.json").exists()
+    status = 2
+    monkeypatch.setitem(paper.DEFAULTS, "lr", 1e-4)  # other settings are another run
+    with pytest.raises(ValueError, match="train.py .* ended with status 2: it broke"):
+        paper.run(tmp_path, [3], 1, jobs=2)
+    with open(tmp_path / "lock") as lock, pytest.raises(ValueError, match="another run works"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        paper.run(tmp_path, [1], 3, jobs=2)
+    with pytest.raises(ValueError, match="tables 1 to 5"):
+        paper.run(tmp_path, [2, 6], 3, jobs=2)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_figures_are_drawn_and_the_same_each_time(suffix, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"figure{suffix}"
+    cells = [{"length": n, "by_depth": [0.0, None, 1.0]} for n in (128, 256)]
+    series = {"a": ([256, 512], [8.0, 9.5], [0.1, None]), "b": ([256, 1000], [300.0, 9.0], None)}
+    for draw in (lambda: plots.curve(path, series, "title", "perplexity", {"window": 256}),
+                 lambda: plots.heatmaps(path, {"base": cells, "extended": cells[:1]}),
+                 lambda: plots.dots(path, {"LoRA": [3.0, 4.0], "full": [2.0]}, "title", "x"),
+                 lambda: plots.pattern(path), lambda: plots.reach(path)):
+        draw()
+        first = path.read_bytes()
+        draw()
+        assert path.read_bytes() == first and len(first) > 5000
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_drawn_pattern_is_the_definition():
+    for T, G in ((16, 4), (14, 6)):
+        t, u = torch.arange(T)[:, None], torch.arange(T)
+        for half, shift in ((0, 0), (1, G // 2)):
+            expected = (u <= t) & ((t + shift) // G == (u + shift) // G)
+            assert torch.equal(plots.seen(T, G)[half], expected)
 
 
 # train.py, and the command lines in a folder of small and of broken files -------------------------

@@ -4,6 +4,7 @@ Every variant is trained from data/tiny-llama (a 256-token window) by train.py a
 eval.py on the test half of the standard library, by commands that are printed and that anyone can
 give. The settings were chosen on the validation half, with other seeds (data/README.md).
 """
+import fcntl
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,7 +41,7 @@ TABLE_3 = {f"trained on {T:,}": {"context": T, "group-size": T // 2, "batch-size
            for T in CONTEXTS[1:]}
 PASSKEY = {"context": 4096, "group-size": 2048, "batch-size": 1, "steps": 640, "passkey": 0.8,
            "lr": 3e-3}
-STRETCHED = 6144  # 1.5 times the trained context, as the paper's 48k after 32k
+STRETCHED = 8192  # positions interpolated once more, to twice the trained context
 TABLE_5 = {f"G = T/{n}, {name}": FULL | {"attention": attention, "group-size": LONGEST // n}
            for n in (2, 4, 8)
            for attention, name in (("shifted", "shifted"), ("local", "not shifted"))}
@@ -64,25 +65,30 @@ class Lab:
     not repeated."""
 
     def __init__(self, out: Path, jobs: int):
-        self.out, self.jobs = out, jobs
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.jobs, self.stopped = out, jobs, False
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.env = os.environ | {"OMP_NUM_THREADS": str(threads)}
 
     def make(self, result: Path, *words) -> None:
         """Run `python ...`, unless this very command has made `result` before. Raises ValueError
         if it fails."""
-        line = shlex.join([os.path.relpath(ROOT / words[0]), *map(str, words[1:])])
+        words = [os.path.relpath(ROOT / words[0]), *map(str, words[1:])]
+        line = shlex.join(words)
         done, log = result.with_suffix(".done"), result.with_suffix(".log")
         if result.exists() and done.exists() and done.read_text(encoding="utf-8") == line:
             return
-        log.parent.mkdir(parents=True, exist_ok=True)
+        if self.stopped:
+            raise ValueError("stopped, because another run failed")
+        done.unlink(missing_ok=True)
+        log.parent.mkdir(exist_ok=True)
         tqdm.write(f"python {line}")
         with open(log, "w", encoding="utf-8") as sink:
-            code = subprocess.run([sys.executable, *shlex.split(line)], env=self.env, stdout=sink,
-                                  stderr=sink).returncode
+            code = subprocess.run([sys.executable, *words], env=self.env, stdout=sink,
+                                  stderr=sink, pass_fds=[self.lock.fileno()]).returncode
         if code:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-            raise ValueError(f"python {line} ended with status {code}: {said}")
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            raise ValueError(f"python {line} ended with status {code}: {said[-1]} (see {log})")
         done.write_text(line, encoding="utf-8")
 
     def measured(self, result: Path, *words) -> list[dict]:
@@ -108,6 +114,8 @@ class Lab:
         settings, folder = DEFAULTS | changes, self.train(changes)
         model = ["--model" if settings["trainable"] == "full" else "--adapter", folder]
         found = self.by_context(folder / "full.json", contexts, *model)
+        if settings["attention"] == "full":
+            return found | {"as trained": found[str(settings["context"])]}
         trained = self.by_context(folder / "as_trained.json", [settings["context"]], *model,
                                   "--attention", settings["attention"],
                                   "--group-size", settings["group-size"])
@@ -119,15 +127,21 @@ class Lab:
         return {str(row["context"]): row["perplexity"] for row in rows}
 
     def all(self, works: list) -> list:
-        """What each of `works`, functions without arguments, gives; `jobs` of them at a time."""
-        with (ThreadPoolExecutor(self.jobs) as pool,
+        """What each of `works`, functions without arguments, gives; `jobs` of them at a time.
+        Raises ValueError if another process works in the folder."""
+        with (open(self.out / "lock", "w") as self.lock, ThreadPoolExecutor(self.jobs) as pool,
               tqdm(total=len(works), unit="run", desc="paper") as bar):
+            try:  # the runs inherit the lock, so it outlives a process that is killed
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run works in {self.out}: choose another --out") from None
             futures = [pool.submit(work) for work in works]
             try:
-                for future in futures:
+                for future in as_completed(futures):
                     future.result()
                     bar.update()
             except BaseException:
+                self.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             return [future.result() for future in futures]
@@ -143,12 +157,13 @@ def bases(lab: Lab) -> dict[str, dict[str, float]]:
 def passkeys(lab: Lab) -> dict[str, list[dict]]:
     """Passkeys retrieved, before and after extension, and stretched beyond what was trained."""
     trained, run = PASSKEY["context"], ["--adapter", lab.train(PASSKEY)]
-    maps = {"base": (CONTEXTS, []), "interpolated": (CONTEXTS, ["--extend", trained]),
-            "extended": ([*CONTEXTS, trained], run),
-            "stretched": ([*CONTEXTS, trained, STRETCHED], [*run, "--extend", STRETCHED])}
-    return {name: lab.measured(lab.out / f"passkey-{name}.json", "passkey", *flags, "--length",
+    maps = {"base": (lab.out, CONTEXTS, []),
+            "interpolated": (lab.out, CONTEXTS, ["--extend", trained]),
+            "extended": (run[1], [*CONTEXTS, trained], run),
+            "stretched": (run[1], [*CONTEXTS, trained, STRETCHED], [*run, "--extend", STRETCHED])}
+    return {name: lab.measured(folder / f"passkey-{name}.json", "passkey", *flags, "--length",
                                ",".join(map(str, lengths)), "--depths", 5, "--trials", 10)
-            for name, (lengths, flags) in maps.items()}
+            for name, (folder, lengths, flags) in maps.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,7 +197,7 @@ def show(title: str, rows: list[list[str]], table: int) -> None:
 def compare(rows: list[dict], table: int, title: str, papers: dict[str, str] = {}) -> None:
     """Perplexities of the variants of a table: by full attention at G and at T tokens, and as
     trained; `papers` are the paper's own figures."""
-    paper = ["paper"] * bool(papers)
+    paper = ["paper, 7B"] * bool(papers)
     lines = [["", f"{GROUP:,} tokens", f"{LONGEST:,} tokens", "as trained", *paper]]
     values = [column(rows, table, name) for name in (str(GROUP), str(LONGEST), "as trained")]
     for name in values[0]:
@@ -222,7 +237,6 @@ def run(out: Path, only: list[int] | None, seeds: int, jobs: int) -> list[dict]:
     if only[-1] > 5:
         raise ValueError(f"--only takes tables 1 to 5, got {only[-1]}")
     lab, began = Lab(out, jobs), time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     try:
         plots.check(out / "pattern.svg")
         figures = True

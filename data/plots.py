@@ -95,12 +95,9 @@ def heatmaps(path: Path, maps: dict[str, list[dict]]) -> None:
         ax.figure.colorbar(image, ax=axes, label="share retrieved", pad=0.02, aspect=15)
 
 
-def dots(path: Path, groups: dict[str, list[float]], title: str, xlabel: str,
-         line: tuple[str, float] | None = None) -> None:
-    """A row for each of `groups`: its values and their mean; `line` is a value to compare with."""
+def dots(path: Path, groups: dict[str, list[float]], title: str, xlabel: str) -> None:
+    """A row for each of `groups`: its values and their mean."""
     with figure(path, 8, 1.5 + 0.42 * len(groups)) as ax:
-        if line:
-            ax.axvline(line[1], color=DARK, linestyle=":", label=line[0])
         for y, values in enumerate(groups.values()):
             mean, hidden = sum(values) / len(values), "_" * (y > 0)  # named once in the legend
             ax.plot(mean, y, "o", color=BLUE, ms=9, label=hidden + "mean")

@@ -155,6 +155,7 @@ class Tokenizer:
         return max(self.pieces.vocab_size(), *(id + 1 for id in self.texts), 0)
 
     def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # a str may hold half a pair
         if not self.added:
             return self.pieces.encode(text)
         parts = enumerate(self.split(text))  # every second one is an added token
@@ -184,7 +185,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
         path = path / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; without a SentencePiece tokenizer texts "
-                                "cannot be read, --data must be a token file (.bin)")
+                                "cannot be read or written; train.py and eval.py perplexity can "
+                                "take a token file, --data FILE.bin")
     added, beside = {}, path.parent / "added_tokens.json"
     if beside.is_file():
         try:
@@ -197,8 +199,9 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     try:
         tokenizer = Tokenizer(path.read_bytes(), added)
     except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model, without which texts cannot be read; "
-                         "--data must be a token file (.bin)") from None
+        raise ValueError(f"{path}: not a SentencePiece model, without which texts cannot be read "
+                         "or written; train.py and eval.py perplexity can take a token file, "
+                         "--data FILE.bin") from None
     if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
         raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
     if vocab_size and (pieces := tokenizer.pieces.vocab_size()) > vocab_size:
@@ -333,7 +336,7 @@ def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out:
     low, high = depths
     depth = low + (high - low) * rng.random()
     characters = 4 * length
-    while characters >= 10:
+    while True:
         filler = FILLER * (characters // len(FILLER) + 1)
         before = int(depth * (characters - 9))
         while (before % 10 == 3) != held_out:
@@ -341,8 +344,9 @@ def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out:
         ids, n = passkey_prompt(tokenizer, key, filler[:before], filler[before:characters])
         if len(ids) <= length:
             return ids, n
-        characters -= max(1, 2 * (len(ids) - length))
-    raise ValueError(f"a passkey prompt does not fit into {length} tokens; ask for more")
+        if characters == 10:
+            raise ValueError(f"a passkey prompt does not fit into {length} tokens; ask for more")
+        characters = max(10, characters - max(1, 2 * (len(ids) - length)))
 
 
 def official_passkey(tokenizer, length: int, seed: int) -> tuple[list[int], int, float]:
