@@ -38,7 +38,7 @@ TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
 BATCH_TOKENS = 8192  # short windows are read together, up to this many tokens
 
 
-def attention_pattern(attention: str, group_size: int) -> dict:
+def attention_pattern(attention: str, group_size: int | None) -> dict:
     """What a model's call takes for "full", "local" or "shifted" attention. Raises ValueError if
     the group size is odd."""
     if attention == "full":
@@ -402,16 +402,15 @@ def plot_perplexity(args: argparse.Namespace, rows: list[dict]) -> None:
 def run_passkey(args: argparse.Namespace) -> list[dict]:
     model, dtype, _ = load(args, max(args.length))
     tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
-    rows = []
     for seed in range(0 if args.official else 20):  # does the shortest fit?
         prepare.passkey_document(tokenizer, min(args.length), np.random.default_rng(seed), True)
-    for length in args.length:
-        rows.append(passkey(model, tokenizer, length, args.trials, args.depths, args.seed, dtype,
-                            args.official))
+    rows = [passkey(model, tokenizer, length, args.trials, args.depths, args.seed, dtype,
+                    args.official) for length in args.length]
     print_table([{k: v for k, v in row.items() if k != "by_depth"}
                  | (stretch_columns(row["by_depth"]) if args.depths > 1 else {}) for row in rows])
     if args.depths > 1:
-        print0('"to 20%": keys that lie up to so deep in the filler; 0% is where the prompt begins')
+        print0(f'"to {1 / args.depths:.0%}": keys that lie up to so deep in the filler; '
+               "0% is where the prompt begins")
     return rows
 
 

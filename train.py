@@ -339,8 +339,8 @@ def main(run: Run) -> None:
     resolve(run, model)
     pattern = attention_pattern(run.attention, run.group_size)
     with team.first_one_first():  # it encodes texts, the others find them encoded
-        rows = model.config.vocab_size
-        train, valid, test = (prepare.open_tokens(run.data, run.model, rows, split)
+        vocab_size = model.config.vocab_size
+        train, valid, test = (prepare.open_tokens(run.data, run.model, vocab_size, split)
                               for split in ("train", "valid", "test"))
     state = find_state(run, team) if run.resume else None
     if len(train) <= run.context:
