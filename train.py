@@ -93,7 +93,7 @@ class Run:
     out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
     eval_tokens: int = flag(32768, "output", "held-out tokens for the table at the end (0: none)")
-    save_every: int = flag(100, "output", "steps between saves")
+    save_every: int = flag(100, "output", "steps between saves (0: none)")
     resume: bool = flag(False, "output", "continue the run in --out")
     overwrite: bool = flag(False, "output", "replace the run in --out")
 
@@ -143,7 +143,7 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             ("context_parallel", 1, 1 << 16), ("gpus", 1, 1 << 16), ("gpu_memory", 0, 1 << 20),
             ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
             ("clip", 1e-9, math.inf), ("passkey", 0, 1), ("seed", 0, (1 << 63) - 1),
-            ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 1, math.inf)):
+            ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 0, math.inf)):
         if not low <= (value := getattr(run, name)) <= high:
             most = f" and at most {high:g}" * (high < math.inf)
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
@@ -330,7 +330,11 @@ def main(run: Run) -> None:
 
     torch.manual_seed(run.seed)
     if run.init == "random":
-        model = longlora.Llama(longlora.load_config(run.model, run.context))
+        config = longlora.load_config(run.model, run.context)
+        torch.set_default_dtype(torch.float32 if run.trainable == "full" else dtype)
+        with torch.device(device if team.size == 1 else "cpu"):
+            model = longlora.Llama(config)
+        torch.set_default_dtype(torch.float32)
         model.reset_parameters()
         stored = torch.bfloat16
     else:
@@ -448,7 +452,8 @@ def main(run: Run) -> None:
             if team.size > 1:
                 dist.all_reduce(interrupted)
             stop = interrupted.item() > 0
-            if stop or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+            last = step + 1 == run.steps
+            if stop or run.save_every and (last or (step + 1) % run.save_every == 0):
                 save(run, model, optimizer, step + 1, stored, results, team)
             if stop:
                 sys.exit(f"interrupted after step {step + 1}: saved to {out}; --resume continues"

@@ -105,6 +105,34 @@ def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype
     return live
 
 
+def token_flops(config: longlora.LlamaConfig, context: int, group_size: int | None = None,
+                trainable: str = "lora,embed,norm", rank: int = 8, recomputed: str = "nothing"
+                ) -> dict[str, float]:
+    """FLOPs of a token in training on `context` tokens, on average.
+
+    `useful`: forward and backward, gradients of weights only where they train, of attention only
+    what is visible, and its backward pass as twice the forward. `executed`: besides, a flash
+    kernel's scores in its backward pass, and what is `recomputed`: "nothing", "layers" (but for
+    attention and down_proj, whose outputs are kept or not needed) or "attention" (that as well).
+    `forward`: the forward pass without LoRA as the paper counts it (Table 11), attention as full
+    squares of groups.
+    """
+    L, D, C = config.num_hidden_layers, config.head_dim, config.hidden_size
+    H, H_kv, I = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    G = min(group_size or context, context)
+    layers, head = L * C * (2 * (H + H_kv) * D + 3 * I), C * config.vocab_size
+    lora = 0 if trainable == "full" else L * rank * (4 * C + 2 * (H + H_kv) * D)
+    attention = 4 * (G + 1) / 2 * H * D * L
+    linear = 2 * (layers + lora + head)
+    by_weights = linear if trainable == "full" else 2 * lora * ("lora" in trainable)
+    useful = 2 * linear + by_weights + 3 * attention
+    executed = useful + attention / 2
+    if recomputed != "nothing":
+        executed += 2 * (layers + lora - L * C * I) + attention * (recomputed == "attention")
+    return {"useful": useful, "executed": executed,
+            "forward": 2 * (layers + head) + 4 * G * H * D * L}
+
+
 def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, trainable: str,
          rank: int, batch_size: int, micro_batch: int, checkpointing: bool, offload: bool,
          dtype: torch.dtype, gpus: int = 1, contexts: int = 1, shift: bool = True) -> dict:
@@ -117,7 +145,7 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
     what is visible, and its backward pass as twice the forward (a flash kernel does 2.5 times).
     """
     L, D = config.num_hidden_layers, config.head_dim
-    H, H_kv, C = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+    H_kv, C = config.num_key_value_heads, config.hidden_size
     rows = math.ceil(batch_size / (gpus // contexts))
     micro_steps = math.ceil(rows / micro_batch)
     pattern = {"group_size": group_size, "shift": shift}
@@ -169,19 +197,15 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
               "loss": max(0, totals[LOSS][0] - kept - there)}
     peak = sum(memory.values()) - min(memory["layer"], memory["loss"])
 
-    linear = L * C * (2 * (H + H_kv) * D + 3 * config.intermediate_size) + C * config.vocab_size
-    visible = (min(group_size or context, context) + 1) / 2  # keys of a query, on average
-    attention = 4 * visible * H * D * L  # FLOPs of a token, forward
-    by_weights = 2 * (linear if trainable == "full" else lora if "lora" in trainable else 0)
-    flops = batch_size * context * (4 * (linear + lora) + by_weights + 3 * attention)
-
     received = (gpus - 1) / gpus  # of what is gathered: the rest is a process's own
     halo = 0
     if contexts > 1 and shift:  # keys and values, again where recomputed, and gradients back
         halo = 2 * rows * L * (group_size // 2) * math.ceil(H_kv / 2) * D * dtype.itemsize
         halo *= 3 if checkpointing or offload else 2
     return {"parameters": parameters, "trained": trained, "lora": lora, **memory, "peak": peak,
-            "host": at_depth(*(live.host for live in counted)), "flops": round(flops),
+            "host": at_depth(*(live.host for live in counted)),
+            "flops": round(batch_size * context * token_flops(
+                config, context, group_size, trainable, rank)["useful"]),
             "gather": round(received * micro_steps * (2 * L * layer[2] + rest[2])),
             "reduce": round(received * 4 * trained), "halo": halo,
             "tokens": batch_size * context, "micro_steps": micro_steps}
