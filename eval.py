@@ -5,6 +5,7 @@ told otherwise.
     python eval.py passkey --adapter out --length 256,512,1024,2048 --plot passkey.png
     python eval.py topics --model vicuna-16k --file topics_5.jsonl
     python eval.py generate --adapter out --file BOOK --question "Who did it?"
+    python eval.py bench --shape 7b --context 8192,32768    # what a step of training takes
     python eval.py paper                   # the paper at small scale, in an hour on a laptop
     torchrun --nproc-per-node 8 eval.py perplexity ...      # windows and trials shared out
 
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import longlora
-from data import paper, plots, prepare
+from data import bench, paper, plots, prepare
 from data.team import Team, autocast, compute_dtype, is_main, join, leave, print0
 
 TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
@@ -492,6 +493,11 @@ def run_paper(args: argparse.Namespace) -> list[dict]:
     return paper.run(args.out, args.only, args.seeds, args.jobs)
 
 
+def run_bench(args: argparse.Namespace) -> list[dict]:
+    one_process("bench")
+    return bench.run(args)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -572,6 +578,10 @@ def main() -> None:
     sub.add_argument("--top-p", type=within(float, 0, 1), default=0.9,
                      help="draw from the likeliest tokens that have this share")
     sub.add_argument("--seed", type=natural, default=0, help="of what is drawn")
+
+    sub = command("bench", run_bench, "Time, memory and FLOPs of a step of train.py, on random "
+                  "weights and tokens.", "tokens/s by context", bench.draw)
+    bench.flags(sub, integers, positive)
 
     sub = command("paper", run_paper, "The paper's tables and figures at small scale: trains the "
                   "variants from data/tiny-llama by train.py and compares them.")

@@ -17,6 +17,7 @@ Letters: B batch, T tokens, C width (hidden_size), H heads, D head size, G group
 Weights and config fields have Hugging Face's names, so that files load without a table of names.
 """
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -30,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from data.formats import (read_adapter, read_config, read_json, read_model, replace_file,
@@ -163,6 +164,15 @@ def default_group_size(context: int, groups: int = 4) -> int:
 # Norm and rotary positions
 
 
+# Tokens that are worked on at a time where all would take too much memory: as many as fit a CPU's
+# cache, or keep a GPU busy.
+CHUNK = {"cpu": 512, "cuda": 8192}
+
+
+def chunk_size(x: torch.Tensor) -> int:
+    return CHUNK.get(x.device.type, CHUNK["cuda"])
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -171,7 +181,37 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The statistics in float32, the result in the residual stream's dtype.
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return ChunkedNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one kernel
+
+
+class ChunkedNorm(torch.autograd.Function):
+    """x / rms(x) * weight over the last dimension: F.rms_norm, in a quarter of its time on a CPU,
+    where it is eight passes over memory, and without float32 copies of more than a chunk."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows = x.reshape(-1, x.shape[-1])
+        out, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
+        for x_, y, r in zip(*(t.split(chunk_size(x)) for t in (rows, out, scale))):
+            z = x_.float()
+            torch.rsqrt(z.square().mean(-1, keepdim=True).add_(eps), out=r)
+            y.copy_((z * r).mul_(weight))
+        ctx.save_for_backward(rows, weight, scale)
+        return out.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, scale = ctx.saved_tensors
+        dx, dw = torch.empty_like(rows), torch.zeros_like(weight)
+        parts = (t.split(chunk_size(grad)) for t in (rows, scale, grad.reshape(rows.shape), dx))
+        for x, r, g, out in zip(*parts):
+            z, g = x.float() * r, g.float()
+            dw += (g * z).sum(0)
+            g = g * weight
+            out.copy_(g.sub_(z.mul_((g * z).mean(-1, keepdim=True))).mul_(r))
+        return dx.view_as(grad), dw, None
 
 
 def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
@@ -196,11 +236,29 @@ def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, T, H, D) by its positions. Pairs are halves (i, i + D/2), not neighbours
-    (2i, 2i + 1) as in Meta's files: a wrong pairing silently ruins loaded weights."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+class Rotate(torch.autograd.Function):
+    """`rotate(x, cos, sin)`: x (B, T, H, D) rotated by its positions. Pairs are halves (i, i + D/2),
+    not neighbours (2i, 2i + 1) as in Meta's files: a wrong pairing silently ruins loaded weights.
+    The angles are all that the backward pass needs: it turns back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out, size = torch.empty_like(x), chunk_size(x)
+        for x, y, c, s in zip(*(t.split(size, dim=-3) for t in (x, out, cos, sin))):
+            a, b = x.float().chunk(2, dim=-1)  # float32 copies of a chunk, never of all
+            first, second = y.chunk(2, dim=-1)
+            first.copy_((a * c).addcmul_(b, s, value=-1))
+            second.copy_((b * c).addcmul_(a, s))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None
+
+
+rotate = Rotate.apply
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,6 +300,8 @@ def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         raise ValueError(f"shifting half of the heads needs an even number of them, got {H}")
     n = (H_kv + 1) // 2  # key-value heads for each half of the heads; they share one if H_kv is odd
     (q1, q2), (k1, v1), (k2, v2) = q.chunk(2, dim=1), (k[:, :n], v[:, :n]), (k[:, -n:], v[:, -n:])
+    if H_kv % 2 == 0:
+        (k1, k2), (v1, v2) = k.chunk(2, dim=1), v.chunk(2, dim=1)
     if before:
         k2, v2 = before(k2, G // 2), before(v2, G // 2)
     if H_kv % 2:
@@ -251,7 +311,7 @@ def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     if extra := k2.shape[2] - q2.shape[2]:  # keys before the first query: it gets dummies there
         q2 = F.pad(q2, (0, 0, extra, 0))
     shifted = grouped_attention(q2, k2, v2, G, first=0 if extra else G // 2)[:, :, extra:]
-    return torch.cat([out, shifted], dim=1)
+    return joined([out, shifted], dim=1)
 
 
 def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
@@ -275,7 +335,14 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
         # (B, H, n * g, D) -> (B * n, H, g, D)
         o = causal_attention(*(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in qkv))
         out.append(o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3))
-    return torch.cat(out, dim=2) if len(out) > 1 else out[0]
+    return joined(out, dim=2)
+
+
+def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """torch.cat of (B, H, T, D) that lie in memory as (B, T, H, D), so that the result does too."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([x.transpose(1, 2) for x in parts], dim=3 - dim).transpose(1, 2)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -319,8 +386,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.hidden(x))
 
 
 class Block(nn.Module):
@@ -331,10 +401,85 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                attention: Callable[..., torch.Tensor]) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+    def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+               attention: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+
+    def think(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                attention: Callable[..., torch.Tensor], keep: bool | None = None) -> torch.Tensor:
+        """`keep`: None keeps all activations, else see `RecomputedBlock`."""
+        if keep is not None and torch.is_grad_enabled():
+            return RecomputedBlock.apply(x, self, cos, sin, attention, keep, *self.parameters())
+        return self.think(self.attend(x, cos, sin, attention))
+
+
+# What attention calls, whichever kernel PyTorch chooses.
+KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default
+           for name in ("flash", "efficient", "cudnn")]
+KERNELS.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+
+
+class RecomputedBlock(torch.autograd.Function):
+    """A block that keeps its input, and in the backward pass is computed again but for what is dear:
+    attention's output (with `keep`) and down_proj's, which nothing needs. The MLP, widest of all, goes
+    through both passes in chunks of tokens."""
+
+    @staticmethod
+    def forward(ctx, x, block, cos, sin, attention, keep, *parameters):
+        device = x.device.type
+        ctx.autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device),
+                               torch.is_autocast_enabled(device),
+                               torch.is_autocast_cache_enabled())
+        first, again = ((contextlib.nullcontext(),) * 2 if not keep else
+                        create_selective_checkpoint_contexts(KERNELS))
+        ctx.again = partial(block.attend, cos=cos, sin=sin, attention=inside(again, attention))
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.enable_grad():  # so that the kernels are those of the backward pass
+            x = block.attend(x.detach().requires_grad_(), cos, sin, inside(first, attention))
+        x = x.detach()
+        out = torch.empty_like(x)
+        for part, y in zip(*(t.flatten(0, 1).split(chunk_size(x)) for t in (x, out))):
+            y.copy_(block.think(part))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,), block, size = ctx.saved_tensors, ctx.block, chunk_size(grad)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), ctx.autocast():
+            middle = ctx.again(x)
+        grad_middle = torch.empty_like(middle)
+        down, rest = block.mlp.down_proj, [block.mlp, block.post_attention_layernorm]
+        frozen = isinstance(down, nn.Linear) and not down.weight.requires_grad
+        trained = [p for module in rest for p in module.parameters() if p.requires_grad]
+        sums = [torch.zeros_like(p) for p in trained]
+        parts = (t.flatten(0, 1).split(size) for t in (middle.detach(), grad, grad_middle))
+        for part, g, out in zip(*parts):
+            part.requires_grad_()
+            with torch.enable_grad(), ctx.autocast():
+                y = block.mlp.hidden(block.post_attention_layernorm(part))
+                y, g_y = (y, g @ down.weight) if frozen else (down(y), g)
+            first, *more = torch.autograd.grad(y, [part, *trained], g_y)
+            torch.add(first, g, out=out)
+            for total, one in zip(sums, more):
+                total += one
+        grads = dict(zip(trained, sums))
+        trained = [p for p in block.parameters() if p.requires_grad and p not in grads]
+        first, *more = torch.autograd.grad(middle, [x, *trained], grad_middle)
+        grads |= zip(trained, more)
+        return first, None, None, None, None, None, *(grads.get(p) for p in block.parameters())
+
+
+def inside(context: contextlib.AbstractContextManager, attention: Callable) -> Callable:
+    def call(*qkv: torch.Tensor) -> torch.Tensor:
+        with context:
+            return attention(*qkv)
+
+    return call
 
 
 class Decoder(nn.Module):
@@ -349,7 +494,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False
+        self.checkpointing = False  # keep each layer's input alone, and attention's output,
+        self.recompute_attention = False  # or not even that
 
     def forward(self, tokens: torch.Tensor, group_size: int | None = None, shift: bool = True,
                 start: int = 0, before: Before | None = None,
@@ -362,10 +508,9 @@ class Decoder(nn.Module):
         if group_size is not None:
             attention = partial(shifted_sparse_attention, group_size=group_size, shift=shift,
                                 before=before)
+        keep = not self.recompute_attention if self.checkpointing else None
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)
-            x = layer(x, cos, sin, attention)
+            x = layer(x, cos, sin, attention, keep)
         return self.norm(x)
 
 
@@ -378,7 +523,8 @@ class Llama(nn.Module):
     S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer
     sequence, `start` is the first one's position, and `before` as in `shifted_sparse_attention`.
     With `model.model.checkpointing = True` each layer is computed again in the backward pass
-    instead of keeping its activations.
+    instead of keeping its activations, but for its attention, or (`model.model.recompute_attention
+    = True`) with it.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -418,7 +564,7 @@ class Llama(nn.Module):
 # The loss
 
 
-LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 125 MiB in float32 at V = 32,000
+LOSS_CHUNK = 512  # tokens whose logits exist at one time: 125 MiB in float32 at V = 32,000
 
 
 def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -452,24 +598,24 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         total = torch.zeros((), device=x.device)
-        grad = torch.empty_like(x) if x.requires_grad else None
+        ctx.grad = torch.empty_like(x) if x.requires_grad else None
         for start in range(0, len(x), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
+            label, scored = targets[chunk].clamp(min=0), targets[chunk] != -100
             logits = F.linear(x[chunk], weight).float()
-            log_p = F.log_softmax(logits, dim=-1)
-            total += F.nll_loss(log_p, targets[chunk], reduction="sum")
-            if grad is not None:  # softmax - one-hot, through the head
-                scored = targets[chunk] != -100
-                p = log_p.exp_() * scored[:, None]
-                p.scatter_add_(1, targets[chunk].clamp(min=0)[:, None], -scored.float()[:, None])
-                grad[chunk] = p.to(x.dtype) @ weight.to(x.dtype)
-        ctx.save_for_backward(grad)
+            top, place = logits.max(-1, keepdim=True)
+            right = logits.gather(1, label[:, None])
+            p = torch.softmax(logits, -1, out=logits)  # in place: the largest tensor of the run
+            total += ((top - right - p.gather(1, place).log())[:, 0] * scored).sum()
+            if ctx.grad is not None:  # softmax - one-hot, through the head
+                grad = p.to(x.dtype) @ weight.to(x.dtype) - weight[label].to(x.dtype)
+                ctx.grad[chunk] = grad * scored[:, None]
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        (grad,) = ctx.saved_tensors
-        return grad * scale.to(grad.dtype), None, None
+        grad, ctx.grad = ctx.grad, None
+        return grad.mul_(scale.to(grad.dtype)), None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -497,7 +643,9 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight) + self.lora_B(self.lora_A(x)) * self.scaling
+        out, low = F.linear(x, self.weight), self.lora_A(x) * self.scaling
+        B = self.lora_B.weight.to(out.dtype)  # in place, autocast would not
+        return out.flatten(0, -2).addmm_(low.flatten(0, -2), B.T).view_as(out)
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype) -> torch.Tensor:

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import longlora
 import train
-from data import formats, paper, plots, prepare, states, team
-from data.plan import micro_step, plan, report
+from data import bench, formats, paper, plots, prepare, states, team
+from data.plan import micro_step, plan, report, token_flops
 from longlora import Llama, LlamaConfig, shifted_sparse_attention
 
 ROOT = Path(__file__).resolve().parent
@@ -225,11 +225,12 @@ def test_what_cannot_be_is_refused(match, ask):
 
 
 class Recorder(TorchDispatchMode):
-    """The shapes of all tensors that operations make, views aside."""
-    shapes = ()
+    """The names of all operations, and the shapes of what they make, views aside."""
+    names, shapes = (), ()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.names += (str(function),)
         if not function.is_view:
             made = out if isinstance(out, (tuple, list)) else [out]
             self.shapes += tuple(tuple(x.shape) for x in made if isinstance(x, torch.Tensor))
@@ -261,20 +262,27 @@ def test_chunked_loss_is_cross_entropy_on_all_logits(ignored, head_trains, monke
 
 
 @pytest.mark.parametrize("trainable", ["lora,embed,norm", "full"])
-def test_checkpointing_recomputes_layers_and_changes_no_gradient(trainable):
-    """With it and without, the model's loss has the gradients of cross-entropy on its logits."""
+def test_memory_savers_change_no_gradient(trainable, monkeypatch):
+    """With all of them and without, the model's loss has the gradients of cross-entropy on its
+    logits; what is recomputed is layers, with their attention only if asked."""
+    monkeypatch.setattr(longlora, "chunk_size", lambda x: 5)
+    monkeypatch.setattr(longlora, "LOSS_CHUNK", 7)
     model, calls, inputs, targets = lora_model(trainable), [], TOKENS[:, :16], TOKENS[:, 1:17]
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = F.cross_entropy(model(inputs, None, 6).flatten(0, 1), targets.flatten())
     expected = [expected, *torch.autograd.grad(expected, trained)]
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
-    for checkpointing in (False, True):
+    kernels = {}
+    for checkpointing, attention in ((False, False), (True, False), (True, True)):
         calls.clear()
-        model.model.checkpointing = checkpointing
-        loss = model(inputs, targets, 6)
-        results = [loss, *torch.autograd.grad(loss, trained)]
-        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
+        model.model.checkpointing, model.model.recompute_attention = checkpointing, attention
+        with Recorder() as recorder:
+            loss = model(inputs, targets, 6)
+            results = [loss, *torch.autograd.grad(loss, trained)]
+        torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
         assert len(calls) == 1 + checkpointing
+        kernels[checkpointing, attention] = sum("flash" in name for name in recorder.names)
+    assert kernels[True, False] == kernels[False, False] < kernels[True, True]
 
 
 def test_residual_stream_is_bf16_under_a_float32_embedding():
@@ -1789,6 +1797,7 @@ import longlora
 from data.plan import plan
 from data.team import autocast
 torch.set_num_threads(1)
+longlora.CHUNK["cpu"] = longlora.CHUNK["cuda"]  # a plan is for GPUs
 
 def memory(kind):
     lines = open("/proc/self/status").read().splitlines()
@@ -1846,7 +1855,10 @@ def test_70b_on_8_gpus_is_planned_as_arithmetic_says():
     trained = lora + 32000 * C + (2 * 80 + 1) * C
     assert numbers["weights"] == (2 * frozen + 4 * trained) // 8
     assert numbers["optimizer"] == 8 * trained // 8
-    assert numbers["kept"] == 80 * 32768 * C * 2  # each layer's input
+    # Each layer's input, and attention's output with the float32 denominators of its heads.
+    assert numbers["kept"] == 80 * 32768 * (C * 2 + C * 2 + 64 * 4)
+    least = plan(LLAMA_2_70B, gpus=8, recompute_attention=True, **PLANNED)
+    assert least["kept"] == 80 * 32768 * C * 2
     assert numbers["reduce"] == 7 * 4 * trained // 8
 
 
@@ -1859,8 +1871,8 @@ def test_what_gpus_share_falls_with_their_number():
     assert two["parameters"] == four["parameters"] and two["halo"] == 0
     one, halves = (plan(config, gpus=4, contexts=contexts, **PLANNED | {"context": 65536})
                    for contexts in (1, 2))
-    assert one["kept"] == 2 * halves["kept"]
-    assert halves["layer"] == pytest.approx(one["layer"] / 2, rel=0.1)  # keys of the halo are more
+    assert one["kept"] == pytest.approx(2 * halves["kept"], rel=0.05)  # dummies before the first
+    assert halves["layer"] < 0.7 * one["layer"]  # a chunk of the MLP is as large in both
     # keys and values of 4 heads of 128 and half a group, three times, in bf16; 4 rows a process
     assert halves["halo"] == 3 * 2 * 4 * 4 * 4096 * 4 * 128 * 2
     offload = plan(config, gpus=4, **PLANNED | {"offload": True})
@@ -1883,6 +1895,132 @@ def test_two_and_three_layers_tell_what_seven_take(changes):
     live = micro_step(model, (1, 1024), torch.bfloat16, False, True, group_size=256)
     expected = max(most for most, _ in live.peaks)
     assert numbers["peak"] - numbers["weights"] - numbers["optimizer"] == expected
+
+
+# data/bench.py ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not limited")
+def test_a_bench_is_train_pys_own_log_and_goes_on_after_what_does_not_fit(files, tmp_path, command,
+                                                                          monkeypatch):
+    """A context whose embedded tokens alone take a quarter of the memory that there is said
+    to be is reported, and the next one still runs."""
+    call, logs, flags = bench.call, [], []
+
+    def spy(*words, env, **more):
+        if "train.py" not in words:  # the speed of matrix products
+            return '{"device": "cpu", "name": "", "dtype": "float32", "matmul": 1e9}', None
+        found = call(*words, env=env, **more)
+        flags.append(dict(word[2:].split("=") for word in words if "=" in word))
+        log = Path(flags[-1]["out"]) / "log.jsonl"
+        logs.append([json.loads(x) for x in log.read_text().splitlines()] if log.exists() else None)
+        return found
+
+    monkeypatch.setattr(bench, "call", spy)
+    monkeypatch.setattr(bench, "free_memory", lambda: float(1 << 30))
+    path = tmp_path / "rows.json"
+    wanted = "--context 40,2097152,64 --steps 2 --device cpu --trainable lora,embed --rank 2"
+    status, err = command("eval.py", "bench", "--model", "model", *wanted.split(), "--json", path)
+    assert (status, err) == (0, "")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["context"], row["error"]) for row in rows] == [
+        (40, None), (2097152, "out of memory"), (64, None)]
+    numbers = ["seconds", "tokens_per_s", "peak_memory_bytes", "flops_per_token", "matmul_share"]
+    assert all(rows[1][name] is None for name in numbers)
+    for row, log, flag in zip(rows[::2], logs[::2], flags[::2]):
+        T, G = row["context"], row["context"] // 4 + row["context"] // 4 % 2
+        assert row.keys() >= {"shape", "context", "attention", *numbers}
+        assert (row["shape"], row["attention"]) == ("model", "shifted")
+        first, *seconds = (T / line["tokens_per_s"] for line in log)
+        assert [line["tokens"] for line in log] == [T, 2 * T, 3 * T]  # a warm-up, two timed
+        assert all(math.isfinite(line["loss"]) for line in log)
+        assert row["first_step_seconds"] == pytest.approx(first)
+        assert row["seconds"] == pytest.approx(sum(seconds) / 2)
+        assert row["tokens_per_s"] * row["seconds"] == pytest.approx(T)
+        assert row["peak_memory_bytes"] == log[-1]["peak_memory_bytes"] > 1 << 20
+        assert int(flag["group-size"]) == G
+        flops = token_flops(tiny().config, T, G, "lora,embed", 2, "layers")
+        assert row["flops_per_token"] == flops["useful"]
+        assert row["matmul_share"] == pytest.approx(flops["executed"] * row["tokens_per_s"] / 1e9)
+        assert not Path(flag["model"]).exists()  # nothing is left behind
+
+
+def test_bench_refuses_in_a_sentence_and_says_when_nothing_ran(command, monkeypatch):
+    for bad in ("--shape 7b --model model", "--shape 9b", "--model nowhere", "--context 1,64",
+                "--trainable head", "--attention local"):
+        assert refused(*command("eval.py", "bench", *bad.split())), bad
+    monkeypatch.setattr(bench, "call", lambda *words, **_: (
+        '{"device": "cpu", "name": "", "dtype": "float32", "matmul": 1e9}',
+        "train.py: error: no" if "train.py" in words else None))
+    for bad, reason in ("--device cuda", "cuda"), ("--context 64", "train.py: error: no"):
+        status, err = command("eval.py", "bench", *bad.split())
+        assert refused(status, err) and reason in err
+
+
+def test_the_machine_that_a_bench_finds_is_train_pys():
+    found, device = bench.machine("float32"), team.default_device().type
+    assert (found["device"], found["dtype"]) == (device, "float32")
+    assert 1e8 < found["matmul"] < 1e16
+
+
+@pytest.mark.parametrize("words, said, error", [
+    ("print('fine')", "fine", None), ("1 / 0", None, "ZeroDivisionError: division by zero"),
+    ("x = bytearray(1 << 62)", None, "out of memory"),
+    ("import os; os.kill(os.getpid(), 9)", "", "out of memory"),  # the system's own way
+    ("import os; os.kill(os.getpid(), 15)", "", "ended by signal 15: it said nothing")])
+def test_why_a_process_failed_is_told_from_its_end(words, said, error):
+    found = bench.call("-c", words, env=dict(os.environ))
+    assert found[1] == error and said in (None, found[0])
+
+
+def test_forward_flops_are_the_papers(command, tmp_path):
+    """Table 11, and the shapes are those of the models whose names they have."""
+    path = tmp_path / "rows.json"
+    assert command("eval.py", "bench", "--flops", "--shape", "7b", "--context",
+                   "8192,16384,32768,65536", "--json", path) == (0, "")
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row.keys() == {"shape", "context", "full_tflop", "shifted_tflop"} for row in rows)
+    full, shifted = ([row[name] for row in rows] for name in ("full_tflop", "shifted_tflop"))
+    assert full == pytest.approx([143.5, 357.2, 996.0, 3118.0], rel=0.01)
+    assert shifted == pytest.approx([117.1, 251.7, 573.8, 1429.1], rel=0.01)
+    sizes = {}
+    for name, shape in bench.SHAPES.items():
+        with torch.device("meta"):
+            model = Llama(LlamaConfig(**dict(zip(bench.SIZES, shape))))
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    assert sizes | {"1b": 1_100_048_384, "7b": 6_738_415_616, "13b": 13_015_864_320} == sizes
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of the matrix products under it. PyTorch's own counter takes operations apart, and so
+    changes what recomputation sees."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trainable", ["lora,embed,norm", "embed,norm", "full"])
+@pytest.mark.parametrize("recomputed", ["nothing", "layers"])
+def test_a_tokens_flops_are_those_of_the_matrix_products_that_run(trainable, recomputed):
+    """But for attention, whose kernels are one operation each."""
+    model, T, G = tiny(), 64, 16
+    if trainable != "full":
+        longlora.add_lora(model, rank=3, alpha=12)
+    longlora.set_trainable(model, trainable)
+    model.model.checkpointing = recomputed == "layers"
+    with Products() as counter:
+        model(TOKENS, TOKENS, G).backward()
+    products = counter.flops / TOKENS.numel()
+    flops = token_flops(model.config, T, G, trainable, 3, recomputed)
+    attention = 4 * (G + 1) / 2 * 32 * 2  # a query sees half of its group; 4 heads of 8, 2 layers
+    assert products == flops["executed"] - 3.5 * attention
+    if recomputed == "nothing" and trainable != "full":  # a head that trains is computed again
+        assert products == flops["useful"] - 3 * attention
 
 
 def time_attention():

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare, states
-from data.team import Team, autocast, compute_dtype, join, leave, peak_memory, place, print0
+from data.team import (Team, autocast, compute_dtype, join, keep_freed_memory, leave, peak_memory,
+                       place, print0)
 from eval import TINY_LLAMA, attention_pattern, perplexity
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
@@ -82,7 +83,9 @@ class Run:
     dtype: str = flag("auto", "machine", "compute in; auto: bfloat16 where it is native",
                       choices=("auto", "float32", "bfloat16"))
     checkpointing: bool = flag(False, "machine",
-                               "recompute activations in the backward pass instead of keeping them")
+                               "recompute activations in the backward pass instead of keeping "
+                               "them, but for attention's output")
+    recompute_attention: bool = flag(False, "machine", "with --checkpointing: recompute that too")
     offload: bool = flag(False, "machine", "keep the inputs of recomputed layers in host memory: "
                          "a copy there and back for each layer, GPU memory for one")
     context_parallel: int = flag(1, "machine", "processes that share a sequence (S2-Attn only)")
@@ -228,7 +231,7 @@ def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step
 
 # May differ between a run and its continuation.
 FREE = {"out", "resume", "overwrite", "eval_every", "save_every", "compile", "checkpointing",
-        "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
+        "recompute_attention", "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
 
 
 def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:
@@ -323,6 +326,7 @@ def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optim
 
 
 def main(run: Run) -> None:
+    keep_freed_memory()
     device, team = join(run.context_parallel)
     out, main_process = Path(run.out), team.rank == 0
     dtype = compute_dtype(run.dtype, device)
@@ -385,7 +389,8 @@ def main(run: Run) -> None:
         model.extend(run.context)
         measure("interpolated")
 
-    model.model.checkpointing = run.checkpointing or run.offload
+    model.model.checkpointing = run.checkpointing or run.recompute_attention or run.offload
+    model.model.recompute_attention = run.recompute_attention or run.offload
     if run.compile:
         model.model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -418,6 +423,7 @@ def main(run: Run) -> None:
 
     signal.signal(signal.SIGINT, on_interrupt)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     held_out = ""
     log_file = out / "log.jsonl" if main_process else os.devnull

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -88,7 +89,7 @@ def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype
     mark(model.model.norm, TOP)
     mark(model.model.layers[-1], BETWEEN)
     mark(model.model.layers[1], BOTTOM)
-    with FakeTensorMode():
+    with FakeTensorMode(), mock.patch.dict(longlora.CHUNK, cpu=longlora.CHUNK["cuda"]):
         weights = {name: fake(p) for name, p in model.named_parameters()}
         model.load_state_dict(weights, strict=False, assign=True)
         if model.config.tie_word_embeddings:
@@ -126,7 +127,7 @@ def token_flops(config: longlora.LlamaConfig, context: int, group_size: int | No
     linear = 2 * (layers + lora + head)
     by_weights = linear if trainable == "full" else 2 * lora * ("lora" in trainable)
     useful = 2 * linear + by_weights + 3 * attention
-    executed = useful + attention / 2
+    executed = useful + attention / 2 + 2 * head * (trainable == "full")  # by chunked_loss
     if recomputed != "nothing":
         executed += 2 * (layers + lora - L * C * I) + attention * (recomputed == "attention")
     return {"useful": useful, "executed": executed,
@@ -135,7 +136,8 @@ def token_flops(config: longlora.LlamaConfig, context: int, group_size: int | No
 
 def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, trainable: str,
          rank: int, batch_size: int, micro_batch: int, checkpointing: bool, offload: bool,
-         dtype: torch.dtype, gpus: int = 1, contexts: int = 1, shift: bool = True) -> dict:
+         dtype: torch.dtype, gpus: int = 1, contexts: int = 1, shift: bool = True,
+         recompute_attention: bool = False) -> dict:
     """What a step of train.py takes: memory and communication (received) in bytes per GPU, FLOPs
     over all GPUs. `group_size` None: full attention.
 
@@ -145,7 +147,7 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
     what is visible, and its backward pass as twice the forward (a flash kernel does 2.5 times).
     """
     L, D = config.num_hidden_layers, config.head_dim
-    H_kv, C = config.num_key_value_heads, config.hidden_size
+    H_kv = config.num_key_value_heads
     rows = math.ceil(batch_size / (gpus // contexts))
     micro_steps = math.ceil(rows / micro_batch)
     pattern = {"group_size": group_size, "shift": shift}
@@ -160,7 +162,8 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
             if trainable != "full":
                 longlora.add_lora(model, rank, dtype=dtype)
             longlora.set_trainable(model, trainable)
-        model.model.checkpointing = checkpointing or offload
+        model.model.checkpointing = checkpointing or recompute_attention or offload
+        model.model.recompute_attention = recompute_attention or offload
         shape = min(rows, micro_batch), context // contexts
         counted.append(micro_step(model, shape, dtype, offload, micro_steps == 1, gpus > 1,
                                   **pattern))
@@ -201,7 +204,7 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
     halo = 0
     if contexts > 1 and shift:  # keys and values, again where recomputed, and gradients back
         halo = 2 * rows * L * (group_size // 2) * math.ceil(H_kv / 2) * D * dtype.itemsize
-        halo *= 3 if checkpointing or offload else 2
+        halo *= 3 if checkpointing or recompute_attention or offload else 2
     return {"parameters": parameters, "trained": trained, "lora": lora, **memory, "peak": peak,
             "host": at_depth(*(live.host for live in counted)),
             "flops": round(batch_size * context * token_flops(
@@ -249,6 +252,7 @@ def of_run(run, config: longlora.LlamaConfig, pattern: dict) -> str:
     numbers = plan(config, context=run.context, trainable=run.trainable, rank=run.rank,
                    batch_size=run.batch_size, micro_batch=run.micro_batch,
                    checkpointing=run.checkpointing, offload=run.offload, dtype=dtype, gpus=run.gpus,
+                   recompute_attention=run.recompute_attention,
                    contexts=run.context_parallel, **{"group_size": None} | pattern)
     return (f"{run.model} at {run.context:,} tokens, {run.attention} attention, {run.trainable} "
             f"train, {str(dtype)[6:]}; GPUs: {run.gpus}\n\n" + report(numbers, run.gpu_memory))
