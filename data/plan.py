@@ -114,7 +114,8 @@ def token_flops(config: longlora.LlamaConfig, context: int, group_size: int | No
     `useful`: forward and backward, gradients of weights only where they train, of attention only
     what is visible, and its backward pass as twice the forward. `executed`: besides, a flash
     kernel's scores in its backward pass, and what is `recomputed`: "nothing", "layers" (but for
-    attention and down_proj, whose outputs are kept or not needed) or "attention" (that as well).
+    attention, whose output is kept, and a frozen down_proj, whose output nothing needs) or
+    "attention" (that as well).
     `forward`: the forward pass without LoRA as the paper counts it (Table 11), attention as full
     squares of groups.
     """
@@ -129,7 +130,8 @@ def token_flops(config: longlora.LlamaConfig, context: int, group_size: int | No
     useful = 2 * linear + by_weights + 3 * attention
     executed = useful + attention / 2 + 2 * head * (trainable == "full")  # by chunked_loss
     if recomputed != "nothing":
-        executed += 2 * (layers + lora - L * C * I) + attention * (recomputed == "attention")
+        down = 0 if trainable == "full" else L * C * I
+        executed += 2 * (layers + lora - down) + attention * (recomputed == "attention")
     return {"useful": useful, "executed": executed,
             "forward": 2 * (layers + head) + 4 * G * H * D * L}
 
