@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -438,40 +438,46 @@ class RecomputedBlock(torch.autograd.Function):
         ctx.again = partial(block.attend, cos=cos, sin=sin, attention=inside(again, attention))
         ctx.block = block
         ctx.save_for_backward(x)
-        with torch.enable_grad():  # so that the kernels are those of the backward pass
-            x = block.attend(x.detach().requires_grad_(), cos, sin, inside(first, attention))
-        x = x.detach()
-        out = torch.empty_like(x)
-        for part, y in zip(*(t.flatten(0, 1).split(chunk_size(x)) for t in (x, out))):
-            y.copy_(block.think(part))
+        with held(block):
+            with torch.enable_grad():  # so that the kernels are those of the backward pass
+                x = block.attend(x.detach().requires_grad_(), cos, sin, inside(first, attention))
+            x = x.detach()
+            out = torch.empty_like(x)
+            for part, y in zip(*(t.flatten(0, 1).split(chunk_size(x)) for t in (x, out))):
+                y.copy_(block.think(part))
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        (x,), block, size = ctx.saved_tensors, ctx.block, chunk_size(grad)
-        x = x.detach().requires_grad_()
-        with torch.enable_grad(), ctx.autocast():
-            middle = ctx.again(x)
-        grad_middle = torch.empty_like(middle)
-        down, rest = block.mlp.down_proj, [block.mlp, block.post_attention_layernorm]
-        frozen = isinstance(down, nn.Linear) and not down.weight.requires_grad
-        trained = [p for module in rest for p in module.parameters() if p.requires_grad]
-        sums = [torch.zeros_like(p) for p in trained]
-        parts = (t.flatten(0, 1).split(size) for t in (middle.detach(), grad, grad_middle))
-        for part, g, out in zip(*parts):
-            part.requires_grad_()
+        (x,), block = ctx.saved_tensors, ctx.block
+        with held(block):
+            x = x.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast():
+                middle = ctx.again(x)
+            grad_middle, grads = RecomputedBlock.through_mlp(block, middle.detach(), grad, ctx.autocast)
+            trained = [p for p in block.parameters() if p.requires_grad and p not in grads]
+            first, *more = torch.autograd.grad(middle, [x, *trained], grad_middle)
+        grads |= zip(trained, more)
+        return first, None, None, None, None, None, *(grads.get(p) for p in block.parameters())
+
+    @staticmethod
+    def through_mlp(block, x, grad, autocast):
+        """The gradient of x, what comes before norm and MLP, and those of their parameters."""
+        down, grad_x = block.mlp.down_proj, torch.empty_like(x)
+        frozen = not isinstance(down, LoRALinear) and not down.weight.requires_grad
+        trained = [p for module in (block.mlp, block.post_attention_layernorm)
+                   for p in module.parameters() if p.requires_grad]
+        sums = [torch.zeros_like(p) for p in trained]
+        for part, g, out in zip(*(t.flatten(0, 1).split(chunk_size(x)) for t in (x, grad, grad_x))):
+            part.requires_grad_()
+            with torch.enable_grad(), autocast():
                 y = block.mlp.hidden(block.post_attention_layernorm(part))
                 y, g_y = (y, g @ down.weight) if frozen else (down(y), g)
             first, *more = torch.autograd.grad(y, [part, *trained], g_y)
             torch.add(first, g, out=out)
             for total, one in zip(sums, more):
                 total += one
-        grads = dict(zip(trained, sums))
-        trained = [p for p in block.parameters() if p.requires_grad and p not in grads]
-        first, *more = torch.autograd.grad(middle, [x, *trained], grad_middle)
-        grads |= zip(trained, more)
-        return first, None, None, None, None, None, *(grads.get(p) for p in block.parameters())
+        return grad_x, dict(zip(trained, sums))
 
 
 def inside(context: contextlib.AbstractContextManager, attention: Callable) -> Callable:
@@ -619,6 +625,114 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
+# 4-bit weights, for what is frozen (QLoRA, Dettmers et al. 2023)
+
+# NF4, "normal float": quantiles of the normal distribution that weights have, and 0 (Appendix E).
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)
+BLOCK, SUPERBLOCK = 64, 256  # weights that share a scale, scales that share one in turn
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer of a weight (out, in) in 4.13 bits a number. A weight is the nearest of
+    16 values times the largest of its block of 64. These scales less their mean are int8 themselves
+    (double quantisation), times the largest of 256 of them.
+
+    `weight` makes the matrix in `dtype`, for the moment that a product needs it. Everything is in
+    integer buffers: no conversion of the model's dtype can touch the scales.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.held = dtype, None
+        blocks = padded(weight.detach().float().flatten(), BLOCK)
+        scale = blocks.abs().amax(1)
+        codes = torch.tensor(NF4, device=weight.device)
+        nearest = torch.bucketize(blocks / scale.clamp(min=1e-30)[:, None],
+                                  (codes[1:] + codes[:-1]) / 2, out_int32=True).to(torch.uint8)
+        self.register_buffer("codes", nearest.view(-1, 2)[:, 0] << 4 | nearest.view(-1, 2)[:, 1])
+        mean = scale.mean()
+        scale = padded(scale - mean, SUPERBLOCK)
+        step = scale.abs().amax(1) / 127
+        scale = (scale / step.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        self.register_buffer("scales", scale.flatten()[:len(blocks)].clone())
+        self.register_buffer("steps", torch.cat([step, mean[None]]).view(torch.int32))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if self.held is not None:
+            return self.held
+        steps = self.steps.view(torch.float32)  # and the mean
+        scale = padded(self.scales.float(), SUPERBLOCK) * steps[:-1, None] + steps[-1]
+        table = torch.tensor(NF4, device=self.codes.device)
+        table = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)  # of a byte
+        W = F.embedding(self.codes.int(), table).view(-1, BLOCK)
+        W = W.mul_(scale.flatten()[:len(W), None]).flatten()[:self.out_features * self.in_features]
+        return W.to(self.dtype).view(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return NF4Product.apply(x, self)
+
+
+class NF4Product(torch.autograd.Function):
+    """x W^T that keeps nothing: autograd would keep W, and 4 bits would have saved no memory."""
+
+    @staticmethod
+    def forward(ctx, x, linear):
+        ctx.linear = linear
+        return F.linear(x, linear.weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.linear.weight, None
+
+
+def padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (N,) as rows of `size`, the last one filled up with zeros."""
+    return F.pad(x, (0, -len(x) % size)).view(-1, size)
+
+
+def count_weights(model: nn.Module) -> int:
+    """Parameters, those in 4 bits too."""
+    packed = sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, NF4Linear))
+    return packed + sum(p.numel() for p in model.parameters())
+
+
+def refuse_quantized(model: Llama) -> None:
+    if any(isinstance(module, NF4Linear) for module in model.modules()):
+        raise ValueError("4-bit weights are only to train on: save the adapter, and merge it into "
+                         "the original base")
+
+
+@contextlib.contextmanager
+def held(block: nn.Module) -> Iterator[None]:
+    """Inside, the block's 4-bit weights are made once, not for every product."""
+    layers = [module for module in block.modules() if isinstance(module, NF4Linear)]
+    try:
+        for layer in layers:
+            layer.held = layer.weight
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
+
+
+def quantize(model: Llama, dtype: torch.dtype, device: str | torch.device | None = None) -> None:
+    """Replace every linear layer below the head by an NF4Linear that computes in `dtype`, one after
+    the other, on `device` (where the weight is). Raises ValueError if the model has LoRA: that comes
+    afterwards."""
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has LoRA already: quantize it first, then add_lora(model)")
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(parent, name, NF4Linear(linear.weight.to(device), dtype))
+
+
+# --------------------------------------------------------------------------------------------------
 # LoRA and LoRA+
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -631,19 +745,22 @@ class LoRALinear(nn.Module):
     large as W, is never formed here: that memory is what LoRA exists to save.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float,
+    def __init__(self, linear: nn.Linear | NF4Linear, rank: int, alpha: float,
                  dtype: torch.dtype | None = None):
         super().__init__()
-        out_features, in_features = linear.weight.shape
-        place = {"device": linear.weight.device, "dtype": dtype or linear.weight.dtype}
-        self.weight = linear.weight
+        out_features, in_features = linear.out_features, linear.in_features
+        self.quantized = linear if isinstance(linear, NF4Linear) else None
+        self.weight = None if self.quantized else linear.weight
+        device = next(iter(linear.state_dict().values())).device
+        place = {"device": device, "dtype": dtype or linear.weight.dtype}
         self.lora_A = nn.Linear(in_features, rank, bias=False, **place)  # initialised by nn.Linear
         self.lora_B = nn.Linear(rank, out_features, bias=False, **place)
         nn.init.zeros_(self.lora_B.weight)
         self.scaling = alpha / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out, low = F.linear(x, self.weight), self.lora_A(x) * self.scaling
+        out = self.quantized(x) if self.quantized else F.linear(x, self.weight)
+        low = self.lora_A(x) * self.scaling
         B = self.lora_B.weight.to(out.dtype)  # in place, autocast would not
         return out.flatten(0, -2).addmm_(low.flatten(0, -2), B.T).view_as(out)
 
@@ -671,7 +788,7 @@ def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has LoRA already: merge_lora(model) first")
     found = {target: [parent for parent in model.model.modules()
-                      if isinstance(getattr(parent, target, None), nn.Linear)]
+                      if isinstance(getattr(parent, target, None), (nn.Linear, NF4Linear))]
              for target in targets}
     for target, parents in found.items():
         if not parents:
@@ -682,7 +799,8 @@ def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
 
 
 def merge_lora(model: Llama) -> None:
-    """Fold every LoRA update into its weight, in place."""
+    """Fold every LoRA update into its weight, in place. Raises ValueError on 4-bit weights."""
+    refuse_quantized(model)
     for parent in list(model.modules()):
         for name, lora in list(parent.named_children()):
             if isinstance(lora, LoRALinear):
@@ -812,6 +930,7 @@ def save_model(model: Llama, path: str | Path | None, dtype: torch.dtype | None 
     Merging happens tensor by tensor on the way to the file, and changes nothing in `model`. Of a
     sharded model every process has to call it, but one with None as `path`.
     """
+    refuse_quantized(model)
     modules, shards = dict(model.named_modules()), [{}]
     weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
     for name, p in weights.items():
@@ -928,8 +1047,10 @@ def save_adapter(model: Llama, path: str | Path | None) -> None:
                       lambda name: gathered(tensors[name]))
     if path is None:
         return
+    quantized = any(isinstance(module, NF4Linear) for module in model.modules())
     write_json(path / "longlora.json", {"context": model.config.max_position_embeddings,
-                                        "factor": model.config.interpolation_factor})
+                                        "factor": model.config.interpolation_factor,
+                                        **({"quantize": "nf4"} if quantized else {})})
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
@@ -1060,6 +1181,10 @@ def main() -> None:
         raise ValueError(f"--extend must be at least 1, got {args.extend}")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     merge(args.model, args.adapter, args.out, dtype, args.extend)
+    notes = args.adapter and Path(args.adapter, "longlora.json")
+    if notes and notes.exists() and "quantize" in read_json(notes):
+        print("The adapter was trained on this base in 4 bits (nf4); it is merged into the original "
+              "weights, which differ a little from those")
     print(f"Written to {args.out}. Next:\n  python eval.py perplexity --model {args.out}")
 
 

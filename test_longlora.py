@@ -5,6 +5,7 @@
     python test_longlora.py   # no test: the time of S2-Attn over that of full attention, and of
                               # loading a model over that of reading its file
 """
+import contextlib
 import fcntl
 import io
 import json
@@ -283,6 +284,38 @@ def test_memory_savers_change_no_gradient(trainable, monkeypatch):
         assert len(calls) == 1 + checkpointing
         kernels[checkpointing, attention] = sum("flash" in name for name in recorder.names)
     assert kernels[True, False] == kernels[False, False] < kernels[True, True]
+
+
+def test_offloaded_activations_come_back_from_buffers_that_are_used_again(monkeypatch):
+    monkeypatch.setattr(team.HostMemory, "SMALL", 1)
+    model, host, results = lora_model(), team.HostMemory(), []
+    model.model.checkpointing = model.model.recompute_attention = True
+    for saver in (contextlib.nullcontext(), host, host):
+        with saver:
+            loss = model(TOKENS[:, :16], TOKENS[:, 1:17], 6)
+        model.zero_grad()
+        loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        buffers = [sorted(x.data_ptr() for x in free) for free in host.free.values()]
+    assert host.free[(2, 16, 32), torch.float32] and len(host.free[(2, 16, 32), torch.float32]) < 6
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
+    assert buffers == [sorted(x.data_ptr() for x in free) for free in host.free.values()]
+
+
+def test_memory_of_a_step_grows_by_the_layer_inputs_and_16_tensors():
+    """Beyond the weights, by (T, C) tensors, at a fixed group size."""
+    C, L, peaks = 256, 4, []
+    config = LlamaConfig(vocab_size=64, hidden_size=C, intermediate_size=704, num_hidden_layers=L,
+                         num_attention_heads=8)
+    for T in (32768, 65536):
+        with torch.device("meta"):
+            longlora.add_lora(model := Llama(config))
+            longlora.set_trainable(model, "lora,embed,norm")
+        model.model.checkpointing = True
+        live = micro_step(model, (1, T), torch.float32, False, False, group_size=1024)
+        peaks.append(max(most for most, _ in live.peaks))
+    assert (peaks[1] - peaks[0]) / (32768 * C * 4) < L + 16
 
 
 def test_residual_stream_is_bf16_under_a_float32_embedding():
@@ -1648,7 +1681,7 @@ def same_run(a, b, loss=1e-5, norm=1e-3):
 
 
 @pytest.mark.parametrize("processes, contexts, launchers, more", [
-    (3, 1, 1, "--trainable full --checkpointing --offload"), (4, 2, 1, "--checkpointing"),
+    (3, 1, 1, "--trainable full --checkpointing --offload"), (4, 2, 1, "--checkpointing --quantize nf4"),
     (4, 4, 1, "--attention local"), (1, 2, 2, "--micro-batch 2")])
 def test_processes_give_what_one_gives(processes, contexts, launchers, more, files, tmp_path):
     """Over 10 steps of micro-batches, with rows that the processes cannot share evenly."""
@@ -1765,6 +1798,99 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
     printed = run.communicate()[0]
     assert run.returncode == 0 and "resuming from" in printed, printed
     same_run(whole, out, loss=0, norm=0)
+
+
+# 4-bit weights ------------------------------------------------------------------------------------
+
+
+def nf4_reference(W):
+    """QLoRA's NF4 with double quantisation by its text, in float64, a number at a time."""
+    flat, scales = W.double().flatten().tolist(), []
+    for i in range(0, len(flat), 64):
+        scales.append(max(abs(w) for w in flat[i:i + 64]))
+    mean, rebuilt = sum(scales) / len(scales), []
+    for i in range(0, len(scales), 256):
+        step = max(abs(s - mean) for s in scales[i:i + 256]) / 127 or 1
+        rebuilt += [round((s - mean) / step) * step + mean for s in scales[i:i + 256]]
+    out = []
+    for i, w in enumerate(flat):
+        code = min(longlora.NF4, key=lambda c: abs(c - w / scales[i // 64]))
+        out.append(code * rebuilt[i // 64])
+    return torch.tensor(out, dtype=torch.float64).view_as(W)
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (5, 7), (160, 128)])
+def test_nf4_is_the_nearest_code_times_the_double_quantised_scale(shape):
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    linear = longlora.NF4Linear(W, torch.float32)
+    torch.testing.assert_close(linear.weight.double(), nf4_reference(W), rtol=1e-4, atol=1e-7)
+    assert linear.bfloat16().weight.equal(longlora.NF4Linear(W, torch.float32).weight)
+
+
+def test_the_nf4_codes_are_the_papers_quantiles():
+    """Appendix E: of a normal distribution, 8 steps below zero and 9 above it from the same
+    offset, zero shared, scaled to 1. bitsandbytes published the numbers."""
+    normal, offset = torch.distributions.Normal(0, 1), 0.9677083
+    above = normal.icdf(torch.linspace(offset, 0.5, 9).double())[:-1]
+    below = -normal.icdf(torch.linspace(offset, 0.5, 8).double())[:-1]
+    codes = torch.cat([below, torch.zeros(1), above.flip(0)]) / above.max()
+    torch.testing.assert_close(torch.tensor(longlora.NF4).double(), codes.sort().values,
+                               rtol=0, atol=1e-6)
+
+
+def test_nf4_takes_about_4_bits_and_errs_as_on_normal_weights():
+    W = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    linear = longlora.NF4Linear(W, torch.float32)
+    bits = 8 * sum(b.nbytes for b in linear.buffers()) / W.numel()
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / 64 / 256, abs=1e-3)
+    error = (linear.weight - W).square().mean().sqrt()
+    assert 0.08 < error < 0.1  # 0.093 of the standard deviation in theory
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_4_bit_model_computes_with_its_dequantised_weights(checkpointing):
+    """Losses and gradients are those of a Llama that holds the dequantised weights, and autograd
+    keeps none of these."""
+    plain, quantized = tiny(), tiny()
+    longlora.quantize(quantized, torch.float32)
+    weights = {name: m.weight for name, m in quantized.named_modules()
+               if isinstance(m, longlora.NF4Linear)}
+    assert len(weights) == 2 * 7
+    for name, W in weights.items():
+        plain.get_submodule(name).weight.data = W
+    results = []
+    for model in plain, quantized:
+        torch.manual_seed(0)
+        longlora.add_lora(model, rank=3, alpha=12)
+        longlora.set_trainable(model, "lora,embed,norm")
+        model.model.checkpointing = checkpointing
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            loss = model(TOKENS[:, :16], TOKENS[:, 1:17], 6)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*results)
+    assert longlora.count_weights(plain) == longlora.count_weights(quantized)
+    if not checkpointing:  # `kept` is the quantised model's
+        assert not any(x.shape == W.shape and x.equal(W) for x in kept for W in weights.values())
+
+
+def test_an_adapter_trained_in_4_bits_merges_into_the_original(files, tmp_path, command,
+                                                               monkeypatch):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    assert refused(*command("train.py", *RUN, "--quantize", "nf4", "--trainable", "full"))
+    assert command("train.py", *RUN, "--quantize", "nf4", "--out", out)[0] == 0
+    longlora.load_adapter(model := longlora.load_model(files / "model"), out)
+    said = []
+    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+    merge = command("longlora.py", "merge", "--model", "model", "--adapter", out, "--out", merged)
+    assert merge[0] == 0 and "in 4 bits (nf4); it is merged into the original" in said[0]
+    torch.testing.assert_close(longlora.load_model(merged)(TOKENS), model(TOKENS))
+    longlora.quantize(four := tiny(), torch.float32)
+    for refuse in (lambda: longlora.save_model(four, tmp_path / "four"),
+                   lambda: longlora.merge_lora(four)):
+        with pytest.raises(ValueError, match="4-bit"):
+            refuse()
 
 
 # data/plan.py -------------------------------------------------------------------------------------

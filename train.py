@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare, states
-from data.team import (Team, autocast, compute_dtype, join, keep_freed_memory, leave, peak_memory,
-                       place, print0)
+from data.team import (HostMemory, Team, autocast, compute_dtype, join, keep_freed_memory, leave,
+                       peak_memory, place, print0)
 from eval import TINY_LLAMA, attention_pattern, perplexity
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
@@ -82,6 +82,8 @@ class Run:
     seed: int = flag(0, "optimization", "of the batches and of random weights")
     dtype: str = flag("auto", "machine", "compute in; auto: bfloat16 where it is native",
                       choices=("auto", "float32", "bfloat16"))
+    quantize: str | None = flag(None, "machine", "nf4: frozen weights in 4 bits (QLoRA)",
+                                choices=("nf4",))
     checkpointing: bool = flag(False, "machine",
                                "recompute activations in the backward pass instead of keeping "
                                "them, but for attention's output")
@@ -151,7 +153,8 @@ def resolve(run: Run, model: longlora.Llama) -> None:
             most = f" and at most {high:g}" * (high < math.inf)
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
                              f"got {value}")
-    longlora.trainable_parts(run.trainable)
+    if "full" in longlora.trainable_parts(run.trainable) and run.quantize:
+        raise ValueError("--quantize is for frozen weights: --trainable full has none")
     model.config.extended(run.context)  # refuses what has no interpolation, before any work
     if run.passkey and run.context < prepare.PASSKEY_TOKENS:
         raise ValueError(f"--passkey needs a --context of {prepare.PASSKEY_TOKENS} tokens at least")
@@ -296,8 +299,8 @@ def table(results: dict) -> str:
 
 
 def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer,
-                   batch: torch.Tensor, dtype: torch.dtype, pattern: dict,
-                   team: Team) -> tuple[float, float]:
+                   batch: torch.Tensor, dtype: torch.dtype, pattern: dict, team: Team,
+                   activations: contextlib.AbstractContextManager) -> tuple[float, float]:
     """One step on a batch (batch_size, context + 1), a micro-batch at a time: its loss and gradient
     norm, over all processes. Where one is not finite, nothing is updated."""
     device = model.lm_head.weight.device
@@ -307,8 +310,7 @@ def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optim
         scored = (targets != -100).sum().item() / (run.batch_size * run.context)
         if team.size > 1:
             model.set_requires_gradient_sync(i == len(parts))
-        offload = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
-        with autocast(device, dtype), offload if run.offload else contextlib.nullcontext():
+        with autocast(device, dtype), activations:
             part = model(tokens.to(device), targets.to(device), **pattern) * scored
         (part * team.size).backward()  # FSDP takes the mean over processes, this is a sum
         loss += part.item()
@@ -369,7 +371,7 @@ def main(run: Run) -> None:
         for left in out.glob("*.partial"):  # by a process that was killed
             if left.is_file():
                 left.unlink()
-    place(model, run.trainable, run.rank, device, dtype, team)
+    place(model, run.trainable, run.rank, device, dtype, team, run.quantize)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.
     results = state[1]["results"] if state else {"perplexity": {}}
@@ -404,7 +406,7 @@ def main(run: Run) -> None:
                      for path in out.glob(name)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     first = restore(run, state, model, optimizer, team) if state else 0
-    size, some = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained))
+    size, some = longlora.count_weights(model), sum(p.numel() for p in trained)
     groups = f" in groups of {run.group_size:,}" if pattern else ""
     several = f" on {team.size} processes" if team.size > 1 else ""
     print0(f"{run.model}: {size:,} parameters, {some:,} train ({run.trainable}); "
@@ -412,6 +414,8 @@ def main(run: Run) -> None:
            f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}{several}")
     if team.contexts > 1:
         pattern |= team.part_of_a_sequence(run.context)
+
+    activations = HostMemory() if run.offload else contextlib.nullcontext()
 
     interrupted = torch.zeros((), device=device)
     usual = signal.getsignal(signal.SIGINT)
@@ -435,7 +439,8 @@ def main(run: Run) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = make_batch(run, train, tokenizer, step)
-            loss, norm = optimizer_step(run, model, optimizer, batch, dtype, pattern, team)
+            loss, norm = optimizer_step(run, model, optimizer, batch, dtype, pattern, team,
+                                        activations)
             if not math.isfinite(loss + norm):
                 kept = "keeps the last save" if (out / "states").exists() else "has no save yet"
                 sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "

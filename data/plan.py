@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import longlora
-from data.team import autocast
+from data.team import HostMemory, autocast
 
 CUDA_GIB, FRAGMENTED = 1, 0.05  # what CUDA itself takes; what its allocator cannot use
 
@@ -65,8 +65,14 @@ class LiveBytes(TorchDispatchMode):
         self.gradients += p.grad.nbytes
 
     def to_host(self, x: torch.Tensor) -> torch.Tensor:
-        self.host += 1 << max(0, x.nbytes - 1).bit_length()  # pinned blocks are powers of two
+        if not HostMemory.moves(x):
+            return x
+        self.host += x.nbytes
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def from_host(x: torch.Tensor) -> torch.Tensor:
+    return fake(x) if x.device.type == "meta" else x
 
 
 def fake(x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +84,7 @@ def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype
     """Forward and backward of a model from the meta device on tokens of `shape`, counted."""
     live, hooks = LiveBytes(gradients_count), contextlib.nullcontext()
     if offload:
-        hooks = torch.autograd.graph.saved_tensors_hooks(live.to_host, fake)
+        hooks = torch.autograd.graph.saved_tensors_hooks(live.to_host, from_host)
 
     def mark(module: nn.Module, place: int) -> None:
         """The step is at `place` from when the gradient of the module's input is known."""
@@ -94,7 +100,10 @@ def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype
         model.load_state_dict(weights, strict=False, assign=True)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
-        for p in model.parameters():
+        for name, b in model.named_buffers():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, fake(b))
+        for p in (*model.parameters(), *model.buffers()):
             live.known.add(p.untyped_storage()._cdata)
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(live.keep_gradient)
@@ -139,7 +148,7 @@ def token_flops(config: longlora.LlamaConfig, context: int, group_size: int | No
 def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, trainable: str,
          rank: int, batch_size: int, micro_batch: int, checkpointing: bool, offload: bool,
          dtype: torch.dtype, gpus: int = 1, contexts: int = 1, shift: bool = True,
-         recompute_attention: bool = False) -> dict:
+         recompute_attention: bool = False, quantize: str | None = None) -> dict:
     """What a step of train.py takes: memory and communication (received) in bytes per GPU, FLOPs
     over all GPUs. `group_size` None: full attention.
 
@@ -161,6 +170,8 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
         with torch.device("meta"):  # as train.place does it
             model = longlora.Llama(dataclasses.replace(config, num_hidden_layers=layers))
             model.to(torch.float32 if trainable == "full" else dtype)
+            if quantize:
+                longlora.quantize(model, dtype)
             if trainable != "full":
                 longlora.add_lora(model, rank, dtype=dtype)
             longlora.set_trainable(model, trainable)
@@ -182,6 +193,8 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
             for i, n in enumerate((p.numel(), p.numel() * p.requires_grad, p.nbytes)):
                 part[i] += n
             lora += L * p.numel() * ("lora_" in name)
+    layer[0] = longlora.count_weights(model.model.layers[0])  # 4-bit ones too
+    per_layer = sum(b.nbytes for b in model.model.layers[0].buffers())  # 4-bit, whole on each GPU
     parameters, trained, stored = (L * one + other for one, other in zip(layer, rest))
 
     # Gradients are float32. In a single micro-step they come as the backward pass goes: they were
@@ -195,7 +208,7 @@ def plan(config: longlora.LlamaConfig, *, context: int, group_size: int | None, 
         there = 4 * trained if micro_steps > 1 else min(at_depth(some, more), most)
         totals[place] = at_depth(two, three) + there, L * (three - two), there
     _, kept, there = max(totals.values())
-    memory = {"weights": stored // gpus, "optimizer": 8 * trained // gpus,
+    memory = {"weights": stored // gpus + L * per_layer, "optimizer": 8 * trained // gpus,
               "gathered": 2 * layer[2] + rest[2] if gpus > 1 else 0,
               "gradients": there, "kept": kept,
               "layer": max(0, max(totals[TOP], totals[BOTTOM])[0] - kept - there),
@@ -254,7 +267,7 @@ def of_run(run, config: longlora.LlamaConfig, pattern: dict) -> str:
     numbers = plan(config, context=run.context, trainable=run.trainable, rank=run.rank,
                    batch_size=run.batch_size, micro_batch=run.micro_batch,
                    checkpointing=run.checkpointing, offload=run.offload, dtype=dtype, gpus=run.gpus,
-                   recompute_attention=run.recompute_attention,
+                   recompute_attention=run.recompute_attention, quantize=run.quantize,
                    contexts=run.context_parallel, **{"group_size": None} | pattern)
     return (f"{run.model} at {run.context:,} tokens, {run.attention} attention, {run.trainable} "
             f"train, {str(dtype)[6:]}; GPUs: {run.gpus}\n\n" + report(numbers, run.gpu_memory))

@@ -150,20 +150,23 @@ def print0(text: str) -> None:
 
 
 def place(model: longlora.Llama, trainable: str, rank: int, device: torch.device,
-          dtype: torch.dtype, team: Team) -> None:
+          dtype: torch.dtype, team: Team, quantize: str | None = None) -> None:
     """Add LoRA of that rank, choose what trains, and bring the model to the device: whole, or this
-    process's shards of it. What is frozen becomes `dtype`.
+    process's shards of it. What is frozen becomes `dtype`, or 4-bit, which is not sharded.
 
     `model` lies in its mapped files until then, and a process reads only the rows that it keeps.
     """
     if trainable == "full":
         dtype = torch.float32
     else:
+        if quantize:
+            longlora.quantize(model, dtype, device)
         longlora.add_lora(model, rank, 2 * rank, dtype=dtype)
     if team.size == 1:
         longlora.set_trainable(model.to(device, dtype), trainable)
         return
     weights = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers())
     model.to("meta", dtype)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -172,6 +175,9 @@ def place(model: longlora.Llama, trainable: str, rank: int, device: torch.device
         fully_shard(layer, mesh=team.mesh)
     fully_shard(model, mesh=team.mesh)
     model.to_empty(device=device)
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer)
     for name, p in model.named_parameters():
         rows = weights.pop(name).detach().chunk(team.size)  # as FSDP shards: the last may be short
         if team.rank < len(rows):
@@ -201,6 +207,41 @@ def autocast(device: torch.device, dtype: torch.dtype, sharded: bool | None = No
     sharded = dist.is_initialized() if sharded is None else sharded
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
                           cache_enabled=not sharded)
+
+
+class HostMemory(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, what the backward pass needs is kept in host memory, but for parameters and what is
+    small. PyTorch's own pinned buffers take a power of two each, up to twice what they hold; these
+    are as large as what they hold, and used again."""
+
+    SMALL = 1 << 20  # bytes
+
+    def __init__(self):
+        super().__init__(self.pack, self.unpack)
+        self.free = {}  # (shape, dtype): buffers
+
+    @classmethod
+    def moves(cls, x: torch.Tensor) -> bool:
+        return x.nbytes >= cls.SMALL and not isinstance(x, torch.nn.Parameter)
+
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.device | None]:
+        if not self.moves(x):
+            return x, None
+        free = self.free.setdefault((x.shape, x.dtype), [])
+        if not free:
+            buffer = torch.empty(x.shape, dtype=x.dtype)
+            if x.is_cuda:  # page-locked, so that copies need not wait for each other
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(
+                    buffer.data_ptr(), buffer.nbytes, 0))
+            free.append(buffer)
+        return free.pop().copy_(x, non_blocking=True), x.device
+
+    def unpack(self, packed: tuple[torch.Tensor, torch.device | None]) -> torch.Tensor:
+        x, device = packed
+        if device is None:
+            return x
+        self.free[x.shape, x.dtype].append(x)  # whoever fills it next stands behind this copy
+        return x.to(device, non_blocking=True, copy=True)
 
 
 def keep_freed_memory() -> None:
