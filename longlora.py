@@ -258,7 +258,11 @@ class Rotate(torch.autograd.Function):
         return Rotate.apply(grad, cos, -sin), None, None
 
 
-rotate = Rotate.apply
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        return Rotate.apply(x, cos, sin)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,13 +373,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, H_kv * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                attention: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def project(self, x: torch.Tensor, cos: torch.Tensor,
+                sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # (B, T, C) -> (B, T, H, D): heads stay behind tokens, so that groups of tokens are views
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attention(*(y.transpose(1, 2) for y in (q, k, v)))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                attention: Callable[..., torch.Tensor]) -> torch.Tensor:
+        out = attention(*(y.transpose(1, 2) for y in self.project(x, cos, sin)))
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -439,7 +446,7 @@ class RecomputedBlock(torch.autograd.Function):
         ctx.block = block
         ctx.save_for_backward(x)
         with held(block):
-            with torch.enable_grad():  # so that the kernels are those of the backward pass
+            with torch.set_grad_enabled(keep):  # or other kernels would run than in the backward
                 x = block.attend(x.detach().requires_grad_(), cos, sin, inside(first, attention))
             x = x.detach()
             out = torch.empty_like(x)

@@ -2002,7 +2002,8 @@ def test_what_gpus_share_falls_with_their_number():
     # keys and values of 4 heads of 128 and half a group, three times, in bf16; 4 rows a process
     assert halves["halo"] == 3 * 2 * 4 * 4 * 4096 * 4 * 128 * 2
     offload = plan(config, gpus=4, **PLANNED | {"offload": True})
-    assert offload["kept"] == 0 and offload["host"] > four["kept"]
+    assert offload["kept"] == 0  # each layer's input is away, and the final norm's
+    assert offload["host"] == pytest.approx(5 * 32768 * 4096 * 2, rel=0.01)
 
 
 @pytest.mark.parametrize("changes", [{}, {"checkpointing": False}, {"trainable": "full"}])

@@ -94,7 +94,8 @@ class Run:
     plan: bool = flag(False, "plan", "load nothing: print what a step takes, and whether it fits")
     gpus: int = flag(1, "plan", "GPUs to plan for")
     gpu_memory: float = flag(80.0, "plan", "GiB that each has")
-    compile: bool = flag(False, "machine", "torch.compile the decoder (needs a C++ compiler)")
+    compile: bool = flag(False, "machine", "torch.compile what is between the layers' "
+                         "matrix products (needs a C++ compiler; the first step takes a minute)")
     out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
     eval_tokens: int = flag(32768, "output", "held-out tokens for the table at the end (0: none)")
@@ -298,6 +299,16 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def compile_layers(model: longlora.Llama) -> None:
+    """Let torch.compile fuse norms, projections with their rotation, and the MLP's middle, once for
+    all layers. Attention is a kernel already, and recomputation is not for a compiler to see."""
+    for layer in model.model.layers:
+        layer.input_layernorm.compile()
+        layer.post_attention_layernorm.compile()
+        layer.self_attn.project = torch.compile(layer.self_attn.project)
+        layer.mlp.hidden = torch.compile(layer.mlp.hidden)
+
+
 def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer,
                    batch: torch.Tensor, dtype: torch.dtype, pattern: dict, team: Team,
                    activations: contextlib.AbstractContextManager) -> tuple[float, float]:
@@ -394,7 +405,7 @@ def main(run: Run) -> None:
     model.model.checkpointing = run.checkpointing or run.recompute_attention or run.offload
     model.model.recompute_attention = run.recompute_attention or run.offload
     if run.compile:
-        model.model.compile()
+        compile_layers(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trained if p.dim() > 1], "weight_decay": run.weight_decay},

@@ -64,7 +64,7 @@ def flags(sub: argparse.ArgumentParser, integers, positive) -> None:
     sub.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     sub.add_argument("--recompute-attention", action="store_true")
     sub.add_argument("--offload", action="store_true", help="a layer's input to host memory")
-    sub.add_argument("--compile", action="store_true", help="the decoder")
+    sub.add_argument("--compile", action="store_true", help="layers' small operations")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +221,9 @@ def run(args: argparse.Namespace) -> list[dict]:
     print(f"{args.model or args.shape}: {size:,} parameters, {args.trainable} train; "
           f"{found['device']} ({found['name']}), {found['dtype']}, "
           f"matrix products {found['matmul'] / 1e12:,.3g} TFLOP/s")
-    show("context", "attention", "seconds", "tokens/s", "GiB", "GFLOP/token", "of products")
+    warm_up = ["first step"] * args.compile  # which compiles
+    show("context", "attention", "seconds", "tokens/s", "GiB", "GFLOP/token", "of products",
+         *warm_up)
     rows = []
     for context in args.context:
         show(f"{context:,}", args.attention, end="")  # what is at work shows
@@ -229,7 +231,8 @@ def run(args: argparse.Namespace) -> list[dict]:
         show(*[f"  {row['error']}"] if row["error"] else [
             f"{row['seconds']:,.3f}", f"{row['tokens_per_s']:,.0f}",
             f"{row['peak_memory_bytes'] / 2**30:.2f}", f"{row['flops_per_token'] / 1e9:,.4g}",
-            f"{row['matmul_share']:.1%}"])
+            f"{row['matmul_share']:.1%}",
+            *(f"{row['first_step_seconds']:,.1f} s" for _ in warm_up)])
     if all(row["error"] for row in rows):
         raise ValueError(f"no row could be measured: {rows[-1]['error']}")
     return rows
