@@ -248,7 +248,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to use freed blocks again, up to 32 MiB each, and not to give them back: on a CPU
     a step otherwise spends a tenth of its time on being handed the same pages anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
