@@ -17,13 +17,12 @@ Letters: B batch, T tokens, C width (hidden_size), H heads, D head size, G group
 Weights and config fields have Hugging Face's names, so that files load without a table of names.
 """
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +30,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.formats import (read_adapter, read_config, read_json, read_model, replace_file,
                           write_json, write_safetensors)
+from data.recompute import ChunkedNorm, ChunkedRotation, RecomputedBlock
 
 # --------------------------------------------------------------------------------------------------
 # The model's shape
@@ -164,15 +164,6 @@ def default_group_size(context: int, groups: int = 4) -> int:
 # Norm and rotary positions
 
 
-# Tokens that are worked on at a time where all would take too much memory: as many as fit a CPU's
-# cache, or keep a GPU busy.
-CHUNK = {"cpu": 512, "cuda": 8192}
-
-
-def chunk_size(x: torch.Tensor) -> int:
-    return CHUNK.get(x.device.type, CHUNK["cuda"])
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -184,34 +175,6 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return ChunkedNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one kernel
-
-
-class ChunkedNorm(torch.autograd.Function):
-    """x / rms(x) * weight over the last dimension: F.rms_norm, in a quarter of its time on a CPU,
-    where it is eight passes over memory, and without float32 copies of more than a chunk."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rows = x.reshape(-1, x.shape[-1])
-        out, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
-        for x_, y, r in zip(*(t.split(chunk_size(x)) for t in (rows, out, scale))):
-            z = x_.float()
-            torch.rsqrt(z.square().mean(-1, keepdim=True).add_(eps), out=r)
-            y.copy_((z * r).mul_(weight))
-        ctx.save_for_backward(rows, weight, scale)
-        return out.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, weight, scale = ctx.saved_tensors
-        dx, dw = torch.empty_like(rows), torch.zeros_like(weight)
-        parts = (t.split(chunk_size(grad)) for t in (rows, scale, grad.reshape(rows.shape), dx))
-        for x, r, g, out in zip(*parts):
-            z, g = x.float() * r, g.float()
-            dw += (g * z).sum(0)
-            g = g * weight
-            out.copy_(g.sub_(z.mul_((g * z).mean(-1, keepdim=True))).mul_(r))
-        return dx.view_as(grad), dw, None
 
 
 def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
@@ -236,31 +199,11 @@ def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
     return angle.cos(), angle.sin()
 
 
-class Rotate(torch.autograd.Function):
-    """`rotate(x, cos, sin)`: x (B, T, H, D) rotated by its positions. Pairs are halves (i, i + D/2),
-    not neighbours (2i, 2i + 1) as in Meta's files: a wrong pairing silently ruins loaded weights.
-    The angles are all that the backward pass needs: it turns back."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        out, size = torch.empty_like(x), chunk_size(x)
-        for x, y, c, s in zip(*(t.split(size, dim=-3) for t in (x, out, cos, sin))):
-            a, b = x.float().chunk(2, dim=-1)  # float32 copies of a chunk, never of all
-            first, second = y.chunk(2, dim=-1)
-            first.copy_((a * c).addcmul_(b, s, value=-1))
-            second.copy_((b * c).addcmul_(a, s))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, T, H, D) by its positions. Pairs are halves (i, i + D/2), not neighbours
+    (2i, 2i + 1) as in Meta's files: a wrong pairing silently ruins loaded weights."""
     if not torch.compiler.is_compiling():
-        return Rotate.apply(x, cos, sin)
+        return ChunkedRotation.apply(x, cos, sin)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -421,78 +364,6 @@ class Block(nn.Module):
         if keep is not None and torch.is_grad_enabled():
             return RecomputedBlock.apply(x, self, cos, sin, attention, keep, *self.parameters())
         return self.think(self.attend(x, cos, sin, attention))
-
-
-# What attention calls, whichever kernel PyTorch chooses.
-KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default
-           for name in ("flash", "efficient", "cudnn")]
-KERNELS.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
-
-
-class RecomputedBlock(torch.autograd.Function):
-    """A block that keeps its input, and in the backward pass is computed again but for what is dear:
-    attention's output (with `keep`) and down_proj's, which nothing needs. The MLP, widest of all, goes
-    through both passes in chunks of tokens."""
-
-    @staticmethod
-    def forward(ctx, x, block, cos, sin, attention, keep, *parameters):
-        device = x.device.type
-        ctx.autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device),
-                               torch.is_autocast_enabled(device),
-                               torch.is_autocast_cache_enabled())
-        first, again = ((contextlib.nullcontext(),) * 2 if not keep else
-                        create_selective_checkpoint_contexts(KERNELS))
-        ctx.again = partial(block.attend, cos=cos, sin=sin, attention=inside(again, attention))
-        ctx.block = block
-        ctx.save_for_backward(x)
-        with held(block):
-            with torch.set_grad_enabled(keep):  # or other kernels would run than in the backward
-                x = block.attend(x.detach().requires_grad_(), cos, sin, inside(first, attention))
-            x = x.detach()
-            out = torch.empty_like(x)
-            for part, y in zip(*(t.flatten(0, 1).split(chunk_size(x)) for t in (x, out))):
-                y.copy_(block.think(part))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,), block = ctx.saved_tensors, ctx.block
-        with held(block):
-            x = x.detach().requires_grad_()
-            with torch.enable_grad(), ctx.autocast():
-                middle = ctx.again(x)
-            grad_middle, grads = RecomputedBlock.through_mlp(block, middle.detach(), grad, ctx.autocast)
-            trained = [p for p in block.parameters() if p.requires_grad and p not in grads]
-            first, *more = torch.autograd.grad(middle, [x, *trained], grad_middle)
-        grads |= zip(trained, more)
-        return first, None, None, None, None, None, *(grads.get(p) for p in block.parameters())
-
-    @staticmethod
-    def through_mlp(block, x, grad, autocast):
-        """The gradient of x, what comes before norm and MLP, and those of their parameters."""
-        down, grad_x = block.mlp.down_proj, torch.empty_like(x)
-        frozen = not isinstance(down, LoRALinear) and not down.weight.requires_grad
-        trained = [p for module in (block.mlp, block.post_attention_layernorm)
-                   for p in module.parameters() if p.requires_grad]
-        sums = [torch.zeros_like(p) for p in trained]
-        for part, g, out in zip(*(t.flatten(0, 1).split(chunk_size(x)) for t in (x, grad, grad_x))):
-            part.requires_grad_()
-            with torch.enable_grad(), autocast():
-                y = block.mlp.hidden(block.post_attention_layernorm(part))
-                y, g_y = (y, g @ down.weight) if frozen else (down(y), g)
-            first, *more = torch.autograd.grad(y, [part, *trained], g_y)
-            torch.add(first, g, out=out)
-            for total, one in zip(sums, more):
-                total += one
-        return grad_x, dict(zip(trained, sums))
-
-
-def inside(context: contextlib.AbstractContextManager, attention: Callable) -> Callable:
-    def call(*qkv: torch.Tensor) -> torch.Tensor:
-        with context:
-            return attention(*qkv)
-
-    return call
 
 
 class Decoder(nn.Module):
@@ -714,23 +585,10 @@ def refuse_quantized(model: Llama) -> None:
                          "the original base")
 
 
-@contextlib.contextmanager
-def held(block: nn.Module) -> Iterator[None]:
-    """Inside, the block's 4-bit weights are made once, not for every product."""
-    layers = [module for module in block.modules() if isinstance(module, NF4Linear)]
-    try:
-        for layer in layers:
-            layer.held = layer.weight
-        yield
-    finally:
-        for layer in layers:
-            layer.held = None
-
-
 def quantize(model: Llama, dtype: torch.dtype, device: str | torch.device | None = None) -> None:
     """Replace every linear layer below the head by an NF4Linear that computes in `dtype`, one after
-    the other, on `device` (where the weight is). Raises ValueError if the model has LoRA: that comes
-    afterwards."""
+    the other, on `device` (None: where the weight is). Raises ValueError if the model has LoRA:
+    that comes afterwards."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has LoRA already: quantize it first, then add_lora(model)")
     for parent in list(model.model.modules()):
@@ -1190,8 +1048,8 @@ def main() -> None:
     merge(args.model, args.adapter, args.out, dtype, args.extend)
     notes = args.adapter and Path(args.adapter, "longlora.json")
     if notes and notes.exists() and "quantize" in read_json(notes):
-        print("The adapter was trained on this base in 4 bits (nf4); it is merged into the original "
-              "weights, which differ a little from those")
+        print("The adapter was trained on this base in 4 bits (nf4); it is merged into the "
+              "original weights, which differ a little from those")
     print(f"Written to {args.out}. Next:\n  python eval.py perplexity --model {args.out}")
 
 

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import longlora
 import train
-from data import bench, formats, paper, plots, prepare, states, team
+from data import bench, formats, paper, plots, prepare, recompute, states, team
 from data.plan import micro_step, plan, report, token_flops
 from longlora import Llama, LlamaConfig, shifted_sparse_attention
 
@@ -266,7 +266,7 @@ def test_chunked_loss_is_cross_entropy_on_all_logits(ignored, head_trains, monke
 def test_memory_savers_change_no_gradient(trainable, monkeypatch):
     """With all of them and without, the model's loss has the gradients of cross-entropy on its
     logits; what is recomputed is layers, with their attention only if asked."""
-    monkeypatch.setattr(longlora, "chunk_size", lambda x: 5)
+    monkeypatch.setitem(recompute.CHUNK, "cpu", 5)
     monkeypatch.setattr(longlora, "LOSS_CHUNK", 7)
     model, calls, inputs, targets = lora_model(trainable), [], TOKENS[:, :16], TOKENS[:, 1:17]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -1681,7 +1681,8 @@ def same_run(a, b, loss=1e-5, norm=1e-3):
 
 
 @pytest.mark.parametrize("processes, contexts, launchers, more", [
-    (3, 1, 1, "--trainable full --checkpointing --offload"), (4, 2, 1, "--checkpointing --quantize nf4"),
+    (3, 1, 1, "--trainable full --checkpointing --offload"), 
+    (4, 2, 1, "--checkpointing --quantize nf4"),
     (4, 4, 1, "--attention local"), (1, 2, 2, "--micro-batch 2")])
 def test_processes_give_what_one_gives(processes, contexts, launchers, more, files, tmp_path):
     """Over 10 steps of micro-batches, with rows that the processes cannot share evenly."""
@@ -1921,9 +1922,10 @@ import json, sys
 import torch
 import longlora
 from data.plan import plan
+from data.recompute import CHUNK
 from data.team import autocast
 torch.set_num_threads(1)
-longlora.CHUNK["cpu"] = longlora.CHUNK["cuda"]  # a plan is for GPUs
+CHUNK["cpu"] = CHUNK["cuda"]  # a plan is for GPUs
 
 def memory(kind):
     lines = open("/proc/self/status").read().splitlines()
@@ -1988,7 +1990,8 @@ def test_70b_on_8_gpus_is_planned_as_arithmetic_says():
     assert numbers["reduce"] == 7 * 4 * trained // 8
 
 
-def test_what_gpus_share_falls_with_their_number():
+def test_what_gpus_share_falls_with_their_number(monkeypatch):
+    monkeypatch.setattr(longlora, "LOSS_CHUNK", 8192)  # fewer steps to count
     config = LlamaConfig(num_hidden_layers=4, num_key_value_heads=8)
     two, four = (plan(config, gpus=gpus, **PLANNED) for gpus in (2, 4))
     for name in ("weights", "optimizer"):

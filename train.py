@@ -235,7 +235,8 @@ def save(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer, step
 
 # May differ between a run and its continuation.
 FREE = {"out", "resume", "overwrite", "eval_every", "save_every", "compile", "checkpointing",
-        "recompute_attention", "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
+        "recompute_attention", "micro_batch", "offload", "context_parallel", "plan", "gpus",
+        "gpu_memory"}
 
 
 def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import longlora
+from data.recompute import CHUNK
 from data.team import HostMemory, autocast
 
 CUDA_GIB, FRAGMENTED = 1, 0.05  # what CUDA itself takes; what its allocator cannot use
@@ -95,7 +96,7 @@ def micro_step(model: longlora.Llama, shape: tuple[int, int], dtype: torch.dtype
     mark(model.model.norm, TOP)
     mark(model.model.layers[-1], BETWEEN)
     mark(model.model.layers[1], BOTTOM)
-    with FakeTensorMode(), mock.patch.dict(longlora.CHUNK, cpu=longlora.CHUNK["cuda"]):
+    with FakeTensorMode(), mock.patch.dict(CHUNK, cpu=CHUNK["cuda"]):
         weights = {name: fake(p) for name, p in model.named_parameters()}
         model.load_state_dict(weights, strict=False, assign=True)
         if model.config.tie_word_embeddings:
