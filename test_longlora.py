@@ -1636,7 +1636,7 @@ def worker(rank, size, store, one):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [3])
 def test_processes_attend_and_evaluate_as_one_does(size, tmp_path, monkeypatch):
     """What they cannot share evenly; and context-parallel attention in value and gradients, whose
     traffic is 2 * (G/2) * (H_kv/2) * D elements a row and way."""
@@ -1681,9 +1681,8 @@ def same_run(a, b, loss=1e-5, norm=1e-3):
 
 
 @pytest.mark.parametrize("processes, contexts, launchers, more", [
-    (3, 1, 1, "--trainable full --checkpointing --offload"), 
-    (4, 2, 1, "--checkpointing --quantize nf4"),
-    (4, 4, 1, "--attention local"), (1, 2, 2, "--micro-batch 2")])
+    (3, 1, 1, "--trainable full --checkpointing --offload"),
+    (4, 2, 1, "--checkpointing --quantize nf4"), (1, 2, 2, "--micro-batch 2")])
 def test_processes_give_what_one_gives(processes, contexts, launchers, more, files, tmp_path):
     """Over 10 steps of micro-batches, with rows that the processes cannot share evenly."""
     flags = ["--steps", 10, "--batch-size", 5, "--group-size", 16, "--eval-every", 5, *more.split()]
@@ -1963,7 +1962,7 @@ def test_the_planned_memory_is_what_a_step_takes():
     usual = {"context": 2048, "group_size": 512, "trainable": "lora,embed,norm",
              "checkpointing": True, "dtype": "float32"}
     cases = [usual | {"checkpointing": False, "dtype": "bfloat16"},
-             usual | {"trainable": "full", "group_size": None}]
+             usual | {"trainable": "full", "group_size": None, "context": 1024}]
     # Large blocks go back to the system at once, or the allocator's habits are measured.
     env = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
            "PYTHONPATH": str(ROOT)}
