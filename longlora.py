@@ -246,8 +246,10 @@ def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     if H % 2:
         raise ValueError(f"shifting half of the heads needs an even number of them, got {H}")
     n = (H_kv + 1) // 2  # key-value heads for each half of the heads; they share one if H_kv is odd
-    (q1, q2), (k1, v1), (k2, v2) = q.chunk(2, dim=1), (k[:, :n], v[:, :n]), (k[:, -n:], v[:, -n:])
-    if H_kv % 2 == 0:
+    q1, q2 = q.chunk(2, dim=1)
+    if H_kv % 2:
+        (k1, v1), (k2, v2) = (k[:, :n], v[:, :n]), (k[:, -n:], v[:, -n:])
+    else:  # the same, but in the backward pass slices would cost zeros for all heads, and a sum
         (k1, k2), (v1, v2) = k.chunk(2, dim=1), v.chunk(2, dim=1)
     if before:
         k2, v2 = before(k2, G // 2), before(v2, G // 2)
@@ -579,8 +581,12 @@ def count_weights(model: nn.Module) -> int:
     return packed + sum(p.numel() for p in model.parameters())
 
 
+def is_quantized(model: Llama) -> bool:
+    return any(isinstance(module, NF4Linear) for module in model.modules())
+
+
 def refuse_quantized(model: Llama) -> None:
-    if any(isinstance(module, NF4Linear) for module in model.modules()):
+    if is_quantized(model):
         raise ValueError("4-bit weights are only to train on: save the adapter, and merge it into "
                          "the original base")
 
@@ -912,10 +918,9 @@ def save_adapter(model: Llama, path: str | Path | None) -> None:
                       lambda name: gathered(tensors[name]))
     if path is None:
         return
-    quantized = any(isinstance(module, NF4Linear) for module in model.modules())
     write_json(path / "longlora.json", {"context": model.config.max_position_embeddings,
                                         "factor": model.config.interpolation_factor,
-                                        **({"quantize": "nf4"} if quantized else {})})
+                                        **({"quantize": "nf4"} if is_quantized(model) else {})})
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,

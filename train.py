@@ -87,7 +87,8 @@ class Run:
     checkpointing: bool = flag(False, "machine",
                                "recompute activations in the backward pass instead of keeping "
                                "them, but for attention's output")
-    recompute_attention: bool = flag(False, "machine", "with --checkpointing: recompute that too")
+    recompute_attention: bool = flag(False, "machine",
+                                     "recompute that too (implies --checkpointing)")
     offload: bool = flag(False, "machine", "keep the inputs of recomputed layers in host memory: "
                          "a copy there and back for each layer, GPU memory for one")
     context_parallel: int = flag(1, "machine", "processes that share a sequence (S2-Attn only)")
