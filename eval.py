@@ -4,7 +4,8 @@ told otherwise.
     python eval.py perplexity --adapter out --context 256,512,1024,2048
     python eval.py passkey --adapter out --length 256,512,1024,2048 --plot passkey.png
     python eval.py topics --model vicuna-16k --file topics_5.jsonl
-    python eval.py generate --adapter out --file BOOK --question "Who did it?"
+    python eval.py generate --adapter out --file BOOK --question "Who did it?"  # or --chat
+    python eval.py answers --adapter out --data questions.json    # exact matches, by length
     python eval.py bench --shape 7b --context 8192,32768    # what a step of training takes
     python eval.py paper                   # the paper at small scale, in an hour on a laptop
     torchrun --nproc-per-node 8 eval.py perplexity ...      # windows and trials shared out
@@ -29,10 +30,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import longlora
-from data import bench, paper, plots, prepare
+from data import bench, chat, instruct, paper, plots, prepare
+from data.chat import generate, stops
 from data.team import Team, autocast, compute_dtype, is_main, join, leave, print0
 
 TINY_LLAMA = os.path.relpath(prepare.HERE / "tiny-llama")
@@ -55,7 +58,13 @@ class Shares:
     def __init__(self, count: int):
         joined = dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        self.mine = range(self.rank, count, self.size)
+        self.count, self.mine = count, range(self.rank, count, self.size)
+
+    def in_step(self) -> Iterator[tuple[int, bool]]:
+        """The same, and whether it counts: under FSDP processes work in step, so whoever has none
+        left reads the first, for nothing."""
+        for i in range(self.rank, math.ceil(self.count / self.size) * self.size, self.size):
+            yield (i, True) if i < self.count else (0, False)
 
     def total(self, sums: np.ndarray) -> np.ndarray:
         """The sum over all processes of `sums`."""
@@ -133,17 +142,15 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
     bar = tqdm(total=sum(scored for b in batches for *_, scored in b), desc=f"context {context:,}",
                unit="tok", leave=False, unit_scale=True, disable=shares.rank > 0)
     with bar, autocast(device, dtype):
-        # Under FSDP processes work in step: whoever has no batch left reads the first for nothing.
-        for i in range(shares.rank, math.ceil(len(batches) / shares.size) * shares.size,
-                       shares.size):
-            batch = batches[i if i < len(batches) else 0]
+        for i, counts in shares.in_step():
+            batch = batches[i]
             rows = [tokens[a:b].astype(np.int64) for a, b, _ in batch]
             ids = torch.from_numpy(np.stack(rows)).to(device)
             targets = ids[:, 1:].clone()
             for row, (_, _, scored) in zip(targets, batch):
                 row[:len(row) - scored] = -100
             loss = model(ids[:, :-1], targets, group_size, shift, mean=False)
-            if i < len(batches):
+            if counts:
                 loss = loss.cpu().double().numpy()
                 scored = (targets != -100).cpu().numpy()
                 s, n = loss.sum(1), scored.sum(1)
@@ -200,73 +207,39 @@ def passkey(model: longlora.Llama, tokenizer, length: int, trials: int, depths: 
 
 
 # --------------------------------------------------------------------------------------------------
-# Generation
-
-
-PREFILL = 1024  # tokens of a prompt that are read at one time: bounds what is beside the cache
-
-
-class Cache:
-    """Keys and values of the tokens read so far: an `attention` for the model's layers, which call
-    it in turn. 2 x L x H_kv x D numbers a token: 0.5 MiB for Llama-2-7B in bfloat16."""
-
-    def __init__(self, config: longlora.LlamaConfig, tokens: int, device: torch.device,
-                 dtype: torch.dtype):
-        self.kv = torch.empty(config.num_hidden_layers, 2, 1, config.num_key_value_heads, tokens,
-                              config.head_dim, device=device, dtype=dtype)
-        self.length, self.layer = 0, 0
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        T, kv = q.shape[2], self.kv[self.layer]
-        end = self.length + T
-        kv[:, :, :, self.length:end] = torch.stack((k, v))
-        k, v = kv[:, :, :, :end]
-        self.layer = (self.layer + 1) % len(self.kv)
-        if self.layer == 0:
-            self.length = end
-        return longlora.causal_attention(q, k, v)
+# Answers to instructions
 
 
 @torch.no_grad()
-def generate(model: longlora.Llama, prompt: list[int], most: int, dtype: torch.dtype,
-             stop: set[int], temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0) -> Iterator[int]:
-    """Up to `most` token ids after `prompt`, one by one, until one of `stop` (not given) or the end
-    of the model's window. Temperature 0 takes the likeliest; else one is drawn from the likeliest
-    that together have a share `top_p`. Raises ValueError if the prompt does not fit the window."""
-    device, window = model.lm_head.weight.device, model.config.max_position_embeddings
-    if len(prompt) >= window:
-        raise ValueError(f"the prompt has {len(prompt):,} tokens and the model reads {window:,} "
-                         "with its answer: shorten it, or extend the model")
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    random = torch.Generator().manual_seed(seed)
-    cache = Cache(model.config, min(len(prompt) + most, window), device, dtype)
-    new = prompt
-    for _ in range(min(most, window - len(prompt))):
-        for start in tqdm(range(0, len(new), PREFILL), desc="reading", unit_scale=PREFILL,
-                          unit="tok", leave=False, disable=len(new) <= PREFILL):
-            ids = torch.tensor([new[start:start + PREFILL]], device=device)
-            with autocast(device, dtype):
-                x = model.model(ids, start=cache.length, attention=cache)
-        with autocast(device, dtype):
-            logits = model.lm_head(x[0, -1]).float()
-        if temperature < 1e-6:  # 0, or so little that the division overflows
-            chosen = logits.argmax().item()
-        else:
-            p, order = (logits / temperature).softmax(-1).cpu().sort(descending=True)
-            p[1:][p.cumsum(-1)[:-1] >= top_p] = 0  # the likeliest always stays
-            chosen = order[torch.multinomial(p, 1, generator=random)].item()
-        if chosen in stop:
-            return
-        yield chosen
-        new = [chosen]
+def answers(model: longlora.Llama, samples: instruct.Samples,
+            dtype: torch.dtype = torch.float32) -> list[dict]:
+    """How well `model` answers, by tokens in a sample (up to 256, 512, ...) and in all (None): rows
+    of {"tokens", "samples", "exact_match", "perplexity"}, full attention.
 
-
-def stops(model: longlora.Llama, tokenizer) -> set[int]:
-    """The ids that end a text: the tokenizer's, and the config's one or several."""
-    ids = model.config.eos_token_id
-    return {tokenizer.eos_id(), *(ids if isinstance(ids, list) else [ids])} - {None}
+    A match is exact when every token of an answer and its end is the arg max: what greedy decoding
+    would write, in one forward pass. Perplexity is over the tokens of all answers.
+    """
+    device, shares = model.lm_head.weight.device, Shares(len(samples))
+    sums = np.zeros((64, 4))  # by the length's logarithm: samples, exact ones, loss, tokens
+    bar = tqdm(total=len(samples), desc="answers", leave=False, disable=shares.rank > 0)
+    with bar, autocast(device, dtype):
+        for i, counts in shares.in_step():
+            ids, labels = (torch.from_numpy(x).to(device) for x in samples[i])
+            answer = (labels[1:] != -100).nonzero()[:, 0]
+            logits = model(ids[None], logits_to_keep=answer)[0].float()
+            label = labels[answer + 1]
+            if counts:
+                sums[(len(ids) - 1).bit_length()] += (
+                    1, torch.equal(logits.argmax(-1), label),
+                    F.cross_entropy(logits, label, reduction="sum").item(), len(label))
+                bar.update(shares.size)
+    if hasattr(model, "reshard"):  # or FSDP's root goes on without gradients
+        model.reshard()
+    sums = shares.total(sums)
+    rows = [(1 << bits, row) for bits, row in enumerate(sums) if row[0]] + [(None, sums.sum(0))]
+    return [{"tokens": most, "samples": int(n), "exact_match": exact / n,
+             "perplexity": math.exp(min(loss / tokens, 700))}
+            for most, (n, exact, loss, tokens) in rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,6 +392,18 @@ def plot_passkey(args: argparse.Namespace, rows: list[dict]) -> None:
     plots.heatmaps(args.plot, {Path(args.adapter or args.model).name: rows})
 
 
+def run_answers(args: argparse.Namespace) -> list[dict]:
+    model, dtype, team = load(args, args.context)
+    with team.first_one_first():
+        samples = instruct.open_samples(args.data, args.model, model.config.vocab_size,
+                                        args.context or model.config.max_position_embeddings)
+    if not len(samples := samples.some(args.max_tokens)):
+        raise ValueError(f"--data {args.data}: no sample to answer fits --context or --max-tokens")
+    rows = answers(model, samples, dtype)
+    print_table([row | {"tokens": row["tokens"] or "all"} for row in rows])
+    return rows
+
+
 def run_topics(args: argparse.Namespace) -> list[dict]:
     if "{prompt}" not in args.template:
         raise ValueError(f"--template {args.template}: it has no {{prompt}}")
@@ -459,33 +444,23 @@ def one_process(command: str) -> None:
 
 def run_generate(args: argparse.Namespace) -> list[dict]:
     one_process("generate")
-    if args.prompt is not None and args.file:
-        raise ValueError("--prompt and --file exclude each other")
+    if args.prompt is not None and (args.file or args.chat):
+        raise ValueError(f"--prompt and {'--file' if args.file else '--chat'} exclude each other")
     text = args.prompt
-    if text is None:
-        if not args.file and sys.stdin.isatty():
+    if args.file:
+        text = args.file.read_text(encoding="utf-8", errors="replace")
+    elif text is None and not args.chat:
+        if sys.stdin.isatty():
             print("reading the text from standard input, up to Ctrl-D", file=sys.stderr)
-        text = (args.file.read_text(encoding="utf-8", errors="replace") if args.file
-                else sys.stdin.read())
-    if args.question:
-        text = f"[INST]{text}\n{args.question}[/INST]"
+        text = sys.stdin.read()
     model, dtype, _ = load(args)
     tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
-    prompt = [tokenizer.bos_id(), *tokenizer.encode(text)]
-    began, ids, whole, shown = time.perf_counter(), [], "", ""
-    before = tokenizer.decode(prompt[-4:])  # the space before a first word shows only in company
-    for id in generate(model, prompt, args.max_new_tokens, dtype, stops(model, tokenizer),
-                       args.temperature, args.top_p, args.seed):
-        ids.append(id)
-        whole = tokenizer.decode(prompt[-4:] + ids)[len(before):]
-        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
-            print(whole[len(shown):], end="", flush=True)
-            shown = whole
-    print(whole[len(shown):])
-    seconds = time.perf_counter() - began
-    print(f"{len(prompt):,} tokens read and {len(ids):,} written in {seconds:.1f} s",
-          file=sys.stderr)
-    return [{"prompt_tokens": len(prompt), "tokens": len(ids), "seconds": seconds, "text": whole}]
+    how = args.max_new_tokens, dtype, args.temperature, args.top_p, args.seed
+    if args.chat:
+        return chat.talk(model, tokenizer, text, args.question, *how)
+    if args.question:
+        text = instruct.prompt_text(text, args.question)
+    return [chat.write(model, tokenizer, [tokenizer.bos_id(), *tokenizer.encode(text)], *how)[1]]
 
 
 def run_paper(args: argparse.Namespace) -> list[dict]:
@@ -556,6 +531,14 @@ def main() -> None:
     sub.add_argument("--official", action="store_true", help="the official evaluation's filler, "
                      "keys and depths: --trials prompts a length, of seeds --seed, --seed + 1, ...")
 
+    sub = with_model(command("answers", run_answers, "Exact matches and perplexity of answers to "
+                             "instructions, by tokens in a sample."))
+    sub.add_argument("--data", default=instruct.QUESTIONS, help="instructions, as in train.py "
+                     "(of stdlib-questions those about the test split's files)")
+    sub.add_argument("--context", type=positive, help="longest sample; of longer ones the prompt's "
+                     "middle is left out (the model's window)")
+    sub.add_argument("--max-tokens", type=positive, default=1 << 40, help="read only so many tokens")
+
     sub = with_model(command("topics", run_topics, "Topic retrieval (LongChat): share of records "
                              "of conversations whose first topic is named."))
     sub.add_argument("--file", type=Path, help="LongChat's test cases, .jsonl (generated ones)")
@@ -573,6 +556,8 @@ def main() -> None:
     sub.add_argument("--file", type=Path, help="text file to continue (standard input)")
     sub.add_argument("--question", help="ask this about the text, as the paper's chat models were "
                      "trained: [INST]text, question[/INST]")
+    sub.add_argument("--chat", action="store_true", help="several turns at the terminal, the first "
+                     "one about the text of --file, if given; Ctrl-D ends")
     sub.add_argument("--max-new-tokens", type=positive, default=512, help="tokens to write at most")
     sub.add_argument("--temperature", type=within(float, 0, 100), default=0.6, help="0: greedy")
     sub.add_argument("--top-p", type=within(float, 0, 1), default=0.9,

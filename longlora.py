@@ -177,16 +177,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one kernel
 
 
-def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
-                  start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles of T positions from `start`, both (T, 1, D/2), float32
-    (Section 3.1).
+def rotary_tables(config: LlamaConfig,
+                  positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the angles at `positions` (T,), both (T, 1, D/2), float32 (Section 3.1).
 
     Interpolation happens here and nowhere else: positions are divided by the factor. float32
     always: in bf16 the positions 257 and 258 are the same number.
     """
     D, scaling = config.head_dim, config.rope_scaling
-    even = torch.arange(0, D, 2, device=device, dtype=torch.float32)
+    even = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-even / D)
     if scaling and scaling["rope_type"] == "llama3":
         # Llama 3.1 divides slow pairs by the factor, leaves fast ones, and blends in between.
@@ -194,8 +193,7 @@ def rotary_tables(config: LlamaConfig, T: int, device: torch.device,
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         fast = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / scaling["factor"])
-    position = torch.arange(start, start + T, device=device, dtype=torch.float32)
-    angle = torch.outer(position / config.interpolation_factor, frequency)[:, None, :]
+    angle = torch.outer(positions.float() / config.interpolation_factor, frequency)[:, None, :]
     return angle.cos(), angle.sin()
 
 
@@ -307,6 +305,15 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=gqa)
 
 
+def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int],
+                     attentions: list[Callable[..., torch.Tensor]]) -> torch.Tensor:
+    """Sequences end to end in one row, each of which attends to itself alone, by an attention of
+    its own: no mask, and nothing is padded. q (B, H, T, D), k and v (B, H_kv, T, D); `lengths` add
+    up to T; returns (B, H, T, D)."""
+    sequences = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), attentions, strict=True)
+    return joined([attention(*qkv) for *qkv, attention in sequences], dim=2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -383,17 +390,25 @@ class Decoder(nn.Module):
         self.checkpointing = False  # keep each layer's input alone, and attention's output,
         self.recompute_attention = False  # or not even that
 
-    def forward(self, tokens: torch.Tensor, group_size: int | None = None, shift: bool = True,
-                start: int = 0, before: Before | None = None,
+    def forward(self, tokens: torch.Tensor, group_size: int | list[int] | None = None,
+                shift: bool = True, start: int | list[int] = 0, before: Before | None = None,
+                lengths: list[int] | None = None,
                 attention: Callable[..., torch.Tensor] = causal_attention) -> torch.Tensor:
         x = self.embed_tokens(tokens)
         if torch.is_autocast_enabled(x.device.type):
             # A float32 embedding would make the residual stream float32, and so every checkpoint.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = rotary_tables(self.config, tokens.shape[1], x.device, start)
-        if group_size is not None:
-            attention = partial(shifted_sparse_attention, group_size=group_size, shift=shift,
-                                before=before)
+        lengths = lengths or [tokens.shape[1]]
+        starts, groups = ([value] * len(lengths) if not isinstance(value, list) else value
+                          for value in (start, group_size))
+        if sum(lengths) != tokens.shape[1]:
+            raise ValueError(f"sequences of {lengths} tokens do not make {tokens.shape[1]}")
+        cos, sin = rotary_tables(self.config, torch.cat(
+            [torch.arange(s, s + n, device=x.device) for s, n in zip(starts, lengths)]))
+        attentions = [attention if G is None else partial(
+            shifted_sparse_attention, group_size=G, shift=shift, before=before) for G in groups]
+        attention = attentions[0] if len(lengths) == 1 else partial(
+            packed_attention, lengths=lengths, attentions=attentions)
         keep = not self.recompute_attention if self.checkpointing else None
         for layer in self.layers:
             x = layer(x, cos, sin, attention, keep)
@@ -403,11 +418,14 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """Llama. Full attention is the default; S2-Attn is set by the call, never by `self.training`.
 
-    `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss over the targets
+    `model(tokens)` gives logits (B, T, V), or those of the tokens `logits_to_keep` alone;
+    `model(tokens, targets)` the mean loss over the targets
     that are not -100, where targets[b, t] is the token that follows tokens[b, t], or with
     `mean=False` the loss of each (B, T), 0 where the target is -100. With `group_size` attention is
     S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer
     sequence, `start` is the first one's position, and `before` as in `shifted_sparse_attention`.
+    Rows may be several sequences end to end, of `lengths` tokens each: none sees another, each has
+    its own positions from 0, and `group_size` and `start` may be lists with one for each.
     With `model.model.checkpointing = True` each layer is computed again in the backward pass
     instead of keeping its activations, but for its attention, or (`model.model.recompute_attention
     = True`) with it.
@@ -422,11 +440,13 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
-                group_size: int | None = None, shift: bool = True, start: int = 0,
-                before: Before | None = None, mean: bool = True) -> torch.Tensor:
-        x = self.model(tokens, group_size, shift, start, before)
+                group_size: int | list[int] | None = None, shift: bool = True,
+                start: int | list[int] = 0, before: Before | None = None, mean: bool = True,
+                lengths: list[int] | None = None,
+                logits_to_keep: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        x = self.model(tokens, group_size, shift, start, before, lengths)
         if targets is None:
-            return self.lm_head(x)
+            return self.lm_head(x[:, logits_to_keep])
         return chunked_loss(x, self.lm_head.weight, targets, mean)
 
     def extend(self, context: int) -> None:

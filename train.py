@@ -27,17 +27,21 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare, states
+from data.batches import Corpus, Instructions, MicroStep
+from data.instruct import is_instructions
 from data.team import (HostMemory, Team, autocast, compute_dtype, join, keep_freed_memory, leave,
                        peak_memory, place, print0)
-from eval import TINY_LLAMA, attention_pattern, perplexity
+from eval import TINY_LLAMA, attention_pattern
 
 # Where a default depends on the model's size: the paper's recipe (Section 4.1), and what was
 # measured for models below 100 million parameters (data/README.md). A small model learns at a
 # higher rate, and rank 8 limits one of width 256 more than it saves. No head is trained beyond its
 # group, which so few steps do not make up for: groups of half the context (paper, Table 7).
 RECIPES = {
-    "large": {"steps": 1000, "batch_size": 64, "lr": 2e-5, "decay": 0.0, "rank": 8, "groups": 4},
-    "small": {"steps": 320, "batch_size": 2, "lr": 2e-3, "decay": 1.0, "rank": 64, "groups": 2},
+    "large": {"steps": 1000, "epochs": 5, "batch_size": 64, "lr": 2e-5, "decay": 0.0, "rank": 8,
+              "groups": 4},
+    "small": {"steps": 320, "epochs": 1, "batch_size": 2, "lr": 2e-3, "decay": 1.0, "rank": 64,
+              "groups": 2},
 }
 SMALL = 100_000_000
 
@@ -55,24 +59,29 @@ class Run:
     init: str = flag("pretrained", "model and data", "random: use only its config and tokenizer",
                      choices=("pretrained", "random"))
     data: str = flag("stdlib", "model and data",
-                     "stdlib, stdlib+tests, a .bin token file, .txt, .jsonl or a folder of them")
+                     "stdlib, stdlib+tests, a .bin token file, .txt, .jsonl or a folder of them; "
+                     "or instructions: .json, .jsonl, a prepared .bin, stdlib-questions")
     passkey: float | None = flag(None, "model and data",
                                  "share of the sequences that open with a passkey document "
                                  "(a tenth with stdlib, else none)")
     context: int | None = flag(None, "LongLoRA", "tokens to extend to, the one dial: it sets "
-                               "interpolation and group size (8 times the model's window)")
+                               "interpolation and group size (8 times the model's window; "
+                               "with instructions the window)")
     attention: str = flag("shifted", "LongLoRA", "attention in training",
                           choices=("shifted", "local", "full"))
     group_size: int | None = flag(None, "LongLoRA",
-                                  "tokens in a group (a quarter of --context, for a small model "
-                                  "half of it, rounded up to even)")
+                                  "tokens in a group (a quarter of --context or of a sample's "
+                                  "length, for a small model half of it, rounded up to even)")
     trainable: str = flag("lora,embed,norm", "LongLoRA",
                           "what trains: full, or some of lora, embed, norm")
     rank: int | None = flag(None, "LongLoRA", "LoRA's rank; alpha is twice the rank")
     steps: int | None = flag(None, "optimization", "optimizer steps")
+    epochs: float | None = flag(None, "optimization",
+                                "times that the data are read, instead of --steps")
     batch_size: int | None = flag(None, "optimization", "sequences a step, over all micro-steps")
     micro_batch: int | None = flag(None, "optimization",
-                                   "sequences a micro-step (as many as make 2,048 tokens, or one)")
+                                   "sequences a micro-step (as many as make 2,048 tokens, or one)"
+                                   "; of instructions as many as fit into so many --context")
     lr: float | None = flag(None, "optimization", "peak learning rate")
     warmup: int = flag(20, "optimization", "steps of linear warm-up")
     decay: float | None = flag(None, "optimization",
@@ -99,7 +108,8 @@ class Run:
                          "matrix products (needs a C++ compiler; the first step takes a minute)")
     out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
-    eval_tokens: int = flag(32768, "output", "held-out tokens for the table at the end (0: none)")
+    eval_tokens: int | None = flag(None, "output", "held-out tokens for the table at the end; 0: "
+                                   "none (32,768; of instructions 64 times --context)")
     save_every: int = flag(100, "output", "steps between saves (0: none)")
     resume: bool = flag(False, "output", "continue the run in --out")
     overwrite: bool = flag(False, "output", "replace the run in --out")
@@ -127,60 +137,71 @@ def parse() -> Run:
     return Run(**vars(parser.parse_args()))
 
 
-def resolve(run: Run, model: longlora.Llama) -> None:
-    """Fill in the settings that depend on the model, and check the numbers. Raises ValueError."""
-    size = sum(p.numel() for p in model.parameters())
+def resolve(run: Run, model: longlora.Llama) -> int:
+    """Fill in the settings that depend on the model and on the kind of data, and check the numbers;
+    returns how many groups a sequence has. Raises ValueError."""
+    size, instructions = sum(p.numel() for p in model.parameters()), is_instructions(run.data)
     recipe = RECIPES["small" if size < SMALL else "large"]
-    for name in ("steps", "batch_size", "lr", "decay", "rank"):
+    if run.steps is not None and run.epochs is not None:
+        raise ValueError("--steps and --epochs exclude each other")
+    if run.steps is None and run.epochs is None:  # --epochs become steps when the data are known
+        length = "epochs" if instructions else "steps"
+        setattr(run, length, recipe[length])
+    for name in ("batch_size", "lr", "decay", "rank"):
         if getattr(run, name) is None:
             setattr(run, name, recipe[name])
     if run.context is None:
-        run.context = 8 * model.config.max_position_embeddings
+        run.context = model.config.max_position_embeddings * (1 if instructions else 8)
+    if run.eval_tokens is None:
+        run.eval_tokens = 64 * run.context if instructions else 32768
     if run.passkey is None:
         library = run.data in ("stdlib", "stdlib+tests")
         run.passkey = 0.1 if library and run.context >= prepare.PASSKEY_TOKENS else 0.0
-    if run.group_size is None:
+    if run.group_size is None and not instructions:
         run.group_size = longlora.default_group_size(run.context, recipe["groups"])
     if run.micro_batch is None:
         run.micro_batch = max(1, 2048 // max(1, run.context))
     for name, low, high in (
             ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
-            ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf),
+            ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf), ("epochs", 1e-9, 1e9),
             ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31), ("lr", 0, 1e3),
             ("context_parallel", 1, 1 << 16), ("gpus", 1, 1 << 16), ("gpu_memory", 0, 1 << 20),
             ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
             ("clip", 1e-9, math.inf), ("passkey", 0, 1), ("seed", 0, (1 << 63) - 1),
             ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_every", 0, math.inf)):
-        if not low <= (value := getattr(run, name)) <= high:
+        if (value := getattr(run, name)) is not None and not low <= value <= high:
             most = f" and at most {high:g}" * (high < math.inf)
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low:g}{most}, "
                              f"got {value}")
     if "full" in longlora.trainable_parts(run.trainable) and run.quantize:
         raise ValueError("--quantize is for frozen weights: --trainable full has none")
     model.config.extended(run.context)  # refuses what has no interpolation, before any work
+    if run.passkey and instructions:
+        raise ValueError("--passkey is for a corpus: instructions are trained as they are")
     if run.passkey and run.context < prepare.PASSKEY_TOKENS:
         raise ValueError(f"--passkey needs a --context of {prepare.PASSKEY_TOKENS} tokens at least")
     if run.context_parallel > 1:
-        piece = run.context / run.context_parallel
         if run.attention == "full":
             raise ValueError("--context-parallel needs --attention shifted or local: full "
                              "attention is not split over processes")
-        if piece % run.group_size:
+        piece = run.context / run.context_parallel
+        if not instructions and piece % run.group_size:
             raise ValueError(f"--context-parallel {run.context_parallel}: its {piece:g} tokens a "
                              f"process are not whole groups of {run.group_size}; take another "
                              "--context or a smaller --group-size")
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
         raise ValueError("shifting half of the heads needs an even number of them: "
                          "--attention local or full")
+    return recipe["groups"]
 
 
 def show_plan(run: Run) -> None:
     from data import plan
     with torch.device("meta"):
         model = longlora.Llama(longlora.load_config(run.model, run.context))
-    resolve(run, model)
-    pattern = attention_pattern(run.attention, run.group_size)
-    print(plan.of_run(run, model.config, pattern))
+    groups = resolve(run, model)
+    G = run.group_size or longlora.default_group_size(run.context, groups)  # the longest sample's
+    print(plan.of_run(run, model.config, attention_pattern(run.attention, G)))
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -189,25 +210,6 @@ def learning_rate(run: Run, step: int) -> float:
     rising = (step + 1) / run.warmup if run.warmup else 1.0
     falling = (run.steps - step) / (run.decay * run.steps) if run.decay else 1.0
     return run.lr * min(1.0, rising, falling)
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-
-def make_batch(run: Run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tensor:
-    """The token ids (batch_size, context + 1) of a step: a function of (seed, step) alone, so any
-    step can be made again."""
-    rng = np.random.default_rng((run.seed, step))
-    rows = []
-    for _ in range(run.batch_size):
-        start = int(rng.integers(len(tokens) - run.context))
-        row = tokens[start:start + run.context + 1].astype(np.int64)
-        if rng.random() < run.passkey:
-            row = np.concatenate([prepare.passkey_documents(tokenizer, run.context, rng), row])
-            row = row[:run.context + 1]
-        rows.append(row)
-    return torch.from_numpy(np.stack(rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,16 +293,6 @@ def check_out(run: Run) -> None:
         raise ValueError(f"{out} holds {held[0]} and is no folder of a run: choose another --out")
 
 
-def table(results: dict) -> str:
-    """results.json's perplexities, a line for each model and a column for each context."""
-    rows = results["perplexity"]
-    contexts = list(next(iter(rows.values())))
-    lines = ["tokens".rjust(14) + "".join(f"{int(c):>10,}" for c in contexts)]
-    lines += [name.rjust(14) + "".join(f"{row[c]:10.2f}" for c in contexts)
-              for name, row in rows.items()]
-    return "\n".join(lines)
-
-
 def compile_layers(model: longlora.Llama) -> None:
     """Let torch.compile fuse norms, projections with their rotation, and the MLP's middle, once for
     all layers. Attention is a kernel already, and recomputation is not for a compiler to see."""
@@ -312,19 +304,19 @@ def compile_layers(model: longlora.Llama) -> None:
 
 
 def optimizer_step(run: Run, model: longlora.Llama, optimizer: torch.optim.Optimizer,
-                   batch: torch.Tensor, dtype: torch.dtype, pattern: dict, team: Team,
+                   micro_steps: list[MicroStep], count: int, dtype: torch.dtype, team: Team,
                    activations: contextlib.AbstractContextManager) -> tuple[float, float]:
-    """One step on a batch (batch_size, context + 1), a micro-batch at a time: its loss and gradient
-    norm, over all processes. Where one is not finite, nothing is updated."""
+    """One step, of which this process reads `micro_steps`: the mean loss over all of the `count`
+    targets that all processes score, and its gradient's norm. Where one is not finite, nothing is
+    updated."""
     device = model.lm_head.weight.device
     loss = 0.0
-    parts = list(zip(*(x.split(run.micro_batch) for x in team.share(batch))))
-    for i, (tokens, targets) in enumerate(parts, 1):
-        scored = (targets != -100).sum().item() / (run.batch_size * run.context)
+    for i, (tokens, targets, how) in enumerate(micro_steps, 1):
+        share = (targets != -100).sum().item() / count
         if team.size > 1:
-            model.set_requires_gradient_sync(i == len(parts))
+            model.set_requires_gradient_sync(i == len(micro_steps))
         with autocast(device, dtype), activations:
-            part = model(tokens.to(device), targets.to(device), **pattern) * scored
+            part = model(tokens.to(device), targets.to(device), **how) * share
         (part * team.size).backward()  # FSDP takes the mean over processes, this is a sum
         loss += part.item()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -359,26 +351,12 @@ def main(run: Run) -> None:
     else:
         model = longlora.load_model(run.model, context=run.context)
         stored = model.lm_head.weight.dtype
-    resolve(run, model)
-    pattern = attention_pattern(run.attention, run.group_size)
-    with team.first_one_first():  # it encodes texts, the others find them encoded
-        vocab_size = model.config.vocab_size
-        train, valid, test = (prepare.open_tokens(run.data, run.model, vocab_size, split)
-                              for split in ("train", "valid", "test"))
+    groups = resolve(run, model)
+    data = (Instructions(run, model.config, team, groups) if is_instructions(run.data) else
+            Corpus(run, model.config, team))
+    if run.steps is None:
+        run.steps = math.ceil(run.epochs * data.samples / run.batch_size)
     state = find_state(run, team) if run.resume else None
-    if len(train) <= run.context:
-        raise ValueError(f"--data {run.data}: {len(train):,} tokens to train on are too few for "
-                         f"--context {run.context:,}")
-    valid, test = valid[:max(32768, run.context)], test[:max(run.eval_tokens, run.context)]
-    if run.eval_every and len(valid) < run.context or run.eval_tokens and len(test) < run.context:
-        raise ValueError(f"--data {run.data}: {min(len(valid), len(test)):,} held-out tokens are "
-                         f"too few for --context {run.context:,}; give more text, or "
-                         "--eval-every 0 --eval-tokens 0")
-    tokenizer = None
-    if run.passkey:
-        tokenizer = prepare.load_tokenizer(run.model, model.config.vocab_size)
-        prepare.passkey_document(tokenizer, prepare.PASSKEY_TOKENS,  # does one fit?
-                                 np.random.default_rng(0), held_out=False)
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob("*.partial"):  # by a process that was killed
@@ -387,16 +365,12 @@ def main(run: Run) -> None:
     place(model, run.trainable, run.rank, device, dtype, team, run.quantize)
 
     # How well the base reads: as it is, and with its positions interpolated but nothing trained.
-    results = state[1]["results"] if state else {"perplexity": {}}
-    contexts = [min(model.config.max_position_embeddings, run.context)]
-    while contexts[-1] < run.context:
-        contexts.append(min(2 * contexts[-1], run.context))
+    results = state[1]["results"] if state else {data.measures: {}}
 
     def measure(name: str) -> None:
-        if run.eval_tokens and name not in results["perplexity"]:
-            print0(f"held-out perplexity: {name}")
-            results["perplexity"][name] = {
-                str(c): perplexity(model, test, c, dtype=dtype).value for c in contexts}
+        if run.eval_tokens and name not in results[data.measures]:
+            print0(f"held-out {data.measures}: {name}")
+            results[data.measures][name] = data.measure(model, dtype)
 
     if run.init == "pretrained":
         measure("base")
@@ -420,14 +394,11 @@ def main(run: Run) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     first = restore(run, state, model, optimizer, team) if state else 0
     size, some = longlora.count_weights(model), sum(p.numel() for p in trained)
-    groups = f" in groups of {run.group_size:,}" if pattern else ""
+    groups = f" in groups of {data.groups}" * (run.attention != "full")
     several = f" on {team.size} processes" if team.size > 1 else ""
     print0(f"{run.model}: {size:,} parameters, {some:,} train ({run.trainable}); "
            f"{run.context:,} tokens, interpolation by {model.config.interpolation_factor:g}, "
            f"{run.attention} attention{groups}; {device.type}, {str(dtype)[6:]}{several}")
-    if team.contexts > 1:
-        pattern |= team.part_of_a_sequence(run.context)
-
     activations = HostMemory() if run.offload else contextlib.nullcontext()
 
     interrupted = torch.zeros((), device=device)
@@ -451,23 +422,21 @@ def main(run: Run) -> None:
             rate = learning_rate(run, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = make_batch(run, train, tokenizer, step)
-            loss, norm = optimizer_step(run, model, optimizer, batch, dtype, pattern, team,
+            loss, norm = optimizer_step(run, model, optimizer, *data.step(step), dtype, team,
                                         activations)
             if not math.isfinite(loss + norm):
                 kept = "keeps the last save" if (out / "states").exists() else "has no save yet"
                 sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
                          f"{norm}; {out} {kept}. Try a lower --lr than {run.lr:g}, or "
                          "--dtype float32" if main_process else 1)
-            tokens_per_s = run.batch_size * run.context / (time.perf_counter() - began)
+            before, tokens = (data.tokens_until(s) for s in (step, step + 1))
+            tokens_per_s = (tokens - before) / (time.perf_counter() - began)
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
-                    "tokens": (step + 1) * run.batch_size * run.context,
-                    "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory(device)}
+                    "tokens": tokens, "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory(device)}
             if run.eval_every and (step + 1) % run.eval_every == 0:
-                value = perplexity(model, valid, run.context, dtype=dtype).value
-                line["held_out_loss"] = math.log(value)
-                held_out = f", held-out loss {math.log(value):.3f}"
+                line["held_out_loss"] = data.held_out_loss(model, dtype)
+                held_out = f", held-out loss {line['held_out_loss']:.3f}"
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
@@ -484,15 +453,14 @@ def main(run: Run) -> None:
                          if main_process else 1)
 
     signal.signal(signal.SIGINT, usual)
-    measure("extended" if "interpolated" in results["perplexity"] else "trained")
+    measure("extended" if "interpolated" in results[data.measures] else "trained")
     if main_process:
         longlora.write_json(out / "results.json", results)
     if run.eval_tokens:
-        print0(f"\nperplexity on {len(test):,} held-out tokens, full attention, "
-               f"by tokens in a window:\n{table(results)}\n")
+        print0(f"\n{data.table(results[data.measures])}\n")
     flag = "--model" if run.trainable == "full" else f"--model {run.model} --adapter"
-    print0(f"Written to {out}. Next:\n  python eval.py passkey {flag} {out}\n"
-           f"  python eval.py perplexity {flag} {out}")
+    print0("\n  ".join([f"Written to {out}. Next:", *(
+        f"python eval.py {command} {flag} {out}" for command in data.next_commands)]))
 
 
 if __name__ == "__main__":

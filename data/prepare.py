@@ -7,6 +7,8 @@ length may be cut from anywhere.
     python data/prepare.py                # the standard library -> train.bin, valid.bin, test.bin
     python data/prepare.py --tests        # the same, with the test suites in train+tests.bin
     python data/prepare.py book.txt folder/ --tokenizer llama/tokenizer.model --out corpus.bin
+    python data/prepare.py LongAlpaca-12k.json --tokenizer ... --out alpaca.bin  # instructions
+    python data/prepare.py --questions    # instructions about the standard library's files
     python data/prepare.py --new-tokenizer 2048 --tokenizer data/tiny-llama/tokenizer.model
 
 The corpus that every machine has is the Python standard library, read in place from the running
@@ -27,6 +29,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import sentencepiece
@@ -120,19 +123,82 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
                 yield piece, len(piece)
         yield None, 0
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    for place, record, read in records(path):
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, {place}: expected an object with a "text" string')
+        yield text.encode("utf-8", "replace").decode(), read  # JSON may hold half a pair
+        yield None, 0
+
+
+PIECE = 1 << 20  # characters of a JSON list that are read at a time
+
+
+def records(path: Path) -> Iterator[tuple[str, object, int]]:
+    """The values of a JSON list, or of JSON lines: the place of each ("record 3", "line 3"), the
+    value, and the characters read for it. One at a time: the whole need not fit into memory. Raises
+    ValueError for what is not JSON, naming the place."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        start = file.read(1024).lstrip()[:1]  # not a line: a whole list may stand in one
+        file.seek(0)
+        if start == "[":
+            yield from list_items(path, file)
+            return
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
-            yield text.encode("utf-8", "replace").decode(), len(line)  # JSON may hold half a pair
-            yield None, 0
+            if line.strip():
+                with json_at(path, f"line {number}"):
+                    value = json.loads(line)
+                yield f"line {number}", value, len(line)
+
+
+@contextlib.contextmanager
+def json_at(path: Path, place: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        problem = getattr(error, "msg", error)  # without a position, which is one in a piece
+        raise ValueError(f"{path}, {place}: not JSON ({problem})") from None
+
+
+def list_items(path: Path, file: TextIO) -> Iterator[tuple[str, object, int]]:
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    text, at, number = "", 0, 0
+
+    def peek() -> str:
+        """The next character that is no white space; "" where the file ends."""
+        nonlocal text, at
+        while (at := space.match(text, at).end()) == len(text) and (piece := file.read(PIECE)):
+            text, at = piece, 0
+        return text[at:at + 1]
+
+    peek()
+    at += 1  # behind "["
+    found = "]" if peek() == "]" else ","
+    at += found == "]"
+    while found != "]":
+        number += 1
+        peek()
+        with json_at(path, f"record {number}"):
+            while True:
+                try:
+                    value, end = decode(text, at)
+                    break
+                except json.JSONDecodeError as error:
+                    # Perhaps only the piece ends here: then what is wrong is at its end.
+                    cut = "Unterminated" in error.msg or error.pos > len(text) - 16
+                    piece = file.read(max(PIECE, len(text) - at)) if cut else ""
+                    if not piece:
+                        raise
+                    text, at = text[at:] + piece, 0
+        yield f"record {number}", value, end - at
+        at = end
+        found = peek()
+        at += 1
+        if found not in ("]", ","):
+            raise ValueError(f"{path}, record {number}: expected , or ] behind it, got "
+                             f"{repr(found) if found else 'the end of the file'}")
+    if peek():
+        raise ValueError(f"{path}: not JSON (there is more behind the list)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,9 +279,17 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def write_tokens(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
-    """Encode `files` into the token file `out`, a piece at a time; returns the number of tokens.
-    Complete or absent."""
+def encoded(files: Iterable[Path], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
+    """The ids of texts in pieces, `</s>` behind each document, and the characters read for them."""
+    for path in files:
+        for text, read in documents(path):
+            yield [tokenizer.eos_id()] if text is None else tokenizer.encode(text), read
+
+
+def write_tokens(pieces: Iterable[tuple[list[int], int]], files: list[Path], tokenizer: Tokenizer,
+                 out: Path) -> int:
+    """Write the token file `out` from `pieces`, ids and the characters that were read of `files`
+    for them; returns the number of tokens. Complete or absent."""
     dtype, count = token_dtype(tokenizer.vocab_size()), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
@@ -223,16 +297,19 @@ def write_tokens(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
     try:
         with (open(partial, "wb") as sink,
               tqdm(total=size, unit="B", unit_scale=True, desc=out.name) as bar):
-            for path in files:
-                for text, read in documents(path):
-                    ids = [tokenizer.eos_id()] if text is None else tokenizer.encode(text)
-                    np.asarray(ids, dtype).tofile(sink)
-                    count += len(ids)
-                    bar.update(read)
+            for ids, read in pieces:
+                np.asarray(ids, dtype).tofile(sink)
+                count += len(ids)
+                bar.update(read)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     return count
+
+
+def write_texts(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
+    """Encode texts into the token file `out`; returns the number of tokens."""
+    return write_tokens(encoded(files, tokenizer), files, tokenizer, out)
 
 
 def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) -> Path:
@@ -242,7 +319,7 @@ def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) 
     key = f"stdlib-{platform.python_version()}-{tokenizer.key}"
     out = CACHE / key / f"{split}{'+tests' if tests else ''}.bin"
     if not out.exists():
-        write_tokens(library_files(split, tests), tokenizer, out)
+        write_texts(library_files(split, tests), tokenizer, out)
     return out
 
 
@@ -250,11 +327,16 @@ def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
     """The token file of a text or a folder of texts, made anew when they change and kept in
     data/tokens."""
     files, tokenizer = text_files([path]), load_tokenizer(tokenizer_path)
-    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    out = CACHE / f"{Path(path).stem}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
+    out = cached(path, files, tokenizer)
     if not out.exists():
-        write_tokens(files, tokenizer, out)
+        write_texts(files, tokenizer, out)
     return out
+
+
+def cached(path: str | Path, files: list[Path], tokenizer: Tokenizer) -> Path:
+    """Where the tokens of `files` are kept, as they are now, under the name of `path`."""
+    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return CACHE / f"{Path(path).stem}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
 
 
 def open_tokens(data: str, model_path: str, vocab_size: int,
@@ -275,20 +357,26 @@ def open_tokens(data: str, model_path: str, vocab_size: int,
         path = library_tokens(model_path, split or "test", tests)
     elif Path(data).suffix == ".bin":
         path = Path(data)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such token file")
     else:
         path = text_tokens(data, model_path)
-    dtype = np.dtype(token_dtype(pieces))
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
-    tokens = np.memmap(path, dtype, mode="r")
+    tokens = map_tokens(path, pieces, vocab_size)
     if split and not library:
         held_out = min(len(tokens) // 20, 1_000_000)
         first, second = len(tokens) - 2 * held_out, len(tokens) - held_out
         part = {"train": slice(first), "valid": slice(first, second), "test": slice(second, None)}
         tokens = tokens[part[split]]
+    return tokens
+
+
+def map_tokens(path: Path, pieces: int, vocab_size: int) -> np.ndarray:
+    """The ids in a token file, mapped, that a tokenizer of so many `pieces` wrote. Raises as
+    `open_tokens`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such token file")
+    dtype, size = np.dtype(token_dtype(pieces)), path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
+    tokens = np.memmap(path, dtype, mode="r")
     for start in range(0, len(tokens), 1 << 24):
         if (highest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
             raise ValueError(f"{path}: token id {highest} is beyond the vocabulary of {vocab_size}")
@@ -443,10 +531,12 @@ def new_tokenizer(vocab_size: int, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*",
-                        help=".txt, .jsonl or folders of them (default: the standard library)")
+    parser.add_argument("texts", nargs="*", help=".txt, .jsonl or folders of them (default: the "
+                        "standard library); or instructions, .json or .jsonl")
     parser.add_argument("--tokenizer", help="SentencePiece model (data/tiny-llama's)")
     parser.add_argument("--out", type=Path, help="token file to write, with texts")
+    parser.add_argument("--questions", action="store_true",
+                        help="make instructions about the standard library's files, .json")
     parser.add_argument("--tests", action="store_true",
                         help="add the library's test suites to the training split")
     parser.add_argument("--new-tokenizer", type=int, metavar="PIECES",
@@ -458,11 +548,21 @@ def main() -> None:
         new_tokenizer(args.new_tokenizer, Path(args.tokenizer))
         return
     args.tokenizer = args.tokenizer or HERE / "tiny-llama" / "tokenizer.model"
+    from data import instruct
     if args.texts:
         if not args.out or args.out.suffix != ".bin":
             parser.error("with texts, say where to write: --out FILE.bin")
-        count = write_tokens(text_files(args.texts), load_tokenizer(args.tokenizer), args.out)
-        print(f"{args.out}: {count:,} tokens")
+        tokenizer, files = load_tokenizer(args.tokenizer), list(map(Path, args.texts))
+        if all(map(instruct.is_instructions, args.texts)):
+            count = instruct.write_samples(files, tokenizer, args.out)
+            print(f"{args.out}: {count:,} instructions; their places: "
+                  f"{instruct.index_of(args.out)}")
+        else:
+            count = write_texts(text_files(files), tokenizer, args.out)
+            print(f"{args.out}: {count:,} tokens")
+    elif args.questions:
+        for split in ("train", "valid", "test"):
+            print(instruct.library_questions(args.tokenizer, split))
     else:
         width = np.dtype(token_dtype(load_tokenizer(args.tokenizer).vocab_size())).itemsize
         for split in ("train", "valid", "test"):
@@ -471,5 +571,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    sys.path[0] = str(HERE.parent)  # so that `data` is the same package as everywhere
+    from data import prepare
+    with prepare.one_line_errors():
+        prepare.main()

@@ -4,6 +4,7 @@ They share the work in two ways. FSDP2 shards parameters, gradients and optimize
 each gathers a layer when it needs it. And they share the sequences of a batch; with contexts > 1
 every `contexts` neighbours share one sequence, see `Halo`.
 """
+import bisect
 import contextlib
 import ctypes
 import gc
@@ -40,28 +41,29 @@ class Halo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, n, group):
         ctx.n, ctx.group = n, group
-        before = exchange(x[:, :, -n:], group, 1)
+        before = exchange(x[:, :, -n:], group, 1, n)
         # The first process returns its x, or its backward would not run, and the next one hang.
         return x.view_as(x) if before is None else torch.cat([before, x], dim=2)
 
     @staticmethod
     def backward(ctx, grad):
         n = ctx.n
-        after = exchange(grad[:, :, :n], ctx.group, -1)
+        after = exchange(grad[:, :, :n], ctx.group, -1, n)
         grad = grad[:, :, n if ctx.group.rank() else 0:].clone()
         if after is not None:
             grad[:, :, -n:] += after
         return grad, None, None
 
 
-def exchange(x: torch.Tensor, group: dist.ProcessGroup, step: int) -> torch.Tensor | None:
-    """Give x to the process `step` further on; returns what the one before gives (None: no one)."""
+def exchange(x: torch.Tensor, group: dist.ProcessGroup, step: int, n: int) -> torch.Tensor | None:
+    """Give x (B, h, n, D) to the process `step` further on; returns what the one before gives
+    (None: no one). Who gives to no one may have fewer than n tokens."""
     rank, size, works, got = group.rank(), group.size(), [], None
     if 0 <= rank + step < size:
         to = dist.get_global_rank(group, rank + step)
         works.append(dist.P2POp(dist.isend, x.contiguous(), to, group))
     if 0 <= rank - step < size:
-        got = torch.empty_like(x, memory_format=torch.contiguous_format)
+        got = x.new_empty(*x.shape[:2], n, x.shape[3])
         source = dist.get_global_rank(group, rank - step)
         works.append(dist.P2POp(dist.irecv, got, source, group))
     for work in dist.batch_isend_irecv(works):
@@ -77,21 +79,27 @@ class Team(NamedTuple):
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
 
-    def share(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def share(self, batch: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's tokens and targets of a batch (B, T + 1): of its rows, its part. Where
         there are too few rows for all, one whose targets are all -100, so that all work in step."""
-        teams, place = self.size // self.contexts, self.rank % self.contexts
+        teams, part = self.size // self.contexts, self.piece(batch.shape[1] - 1, group_size)
         rows = batch[self.rank // self.contexts::teams]
         tokens, targets = rows[:, :-1], rows[:, 1:]  # before T is split, or targets were lost
         if len(rows) < math.ceil(len(batch) / teams):
             tokens = torch.cat([tokens, batch[:1, :-1]])
             targets = torch.cat([targets, torch.full_like(batch[:1, 1:], -100)])
-        return tuple(x.chunk(self.contexts, dim=1)[place] for x in (tokens, targets))
+        return tokens[:, part], targets[:, part]
 
-    def part_of_a_sequence(self, context: int) -> dict:
-        """What the model has to be told of this process's part of `context` tokens."""
-        return {"start": self.rank % self.contexts * (context // self.contexts),
-                "before": lambda x, n: Halo.apply(x, n, self.group)}
+    def piece(self, length: int, group_size: int) -> slice:
+        """This process's part of a sequence: whole groups, as many for each process but the last,
+        which has the rest. Empty if there are too few."""
+        size = group_size * math.ceil(length / (group_size * self.contexts))
+        first = self.rank % self.contexts * size
+        return slice(first, min(first + size, length))
+
+    def before(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """x (B, h, T, D) of this process's part of a sequence, behind the n tokens before it."""
+        return Halo.apply(x, n, self.group)
 
     @contextlib.contextmanager
     def first_one_first(self) -> Iterator[None]:
@@ -212,36 +220,50 @@ def autocast(device: torch.device, dtype: torch.dtype, sharded: bool | None = No
 class HostMemory(torch.autograd.graph.saved_tensors_hooks):
     """Inside, what the backward pass needs is kept in host memory, but for parameters and what is
     small. PyTorch's own pinned buffers take a power of two each, up to twice what they hold; these
-    are as large as what they hold, and used again."""
+    are as large as what they hold first, and used again for what is no larger."""
 
     SMALL = 1 << 20  # bytes
 
     def __init__(self):
         super().__init__(self.pack, self.unpack)
-        self.free = {}  # (shape, dtype): buffers
+        self.free = []  # buffers (bytes,), the smallest first
 
     @classmethod
     def moves(cls, x: torch.Tensor) -> bool:
         return x.nbytes >= cls.SMALL and not isinstance(x, torch.nn.Parameter)
 
-    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.device | None]:
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.device]:
         if not self.moves(x):
-            return x, None
-        free = self.free.setdefault((x.shape, x.dtype), [])
-        if not free:
-            buffer = torch.empty(x.shape, dtype=x.dtype)
-            if x.is_cuda:  # page-locked, so that copies need not wait for each other
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(
-                    buffer.data_ptr(), buffer.nbytes, 0))
-            free.append(buffer)
-        return free.pop().copy_(x, non_blocking=True), x.device
+            return x, None, x.device
+        place = bisect.bisect_left(self.free, x.nbytes, key=len)
+        if place < len(self.free):
+            buffer = self.free.pop(place)
+        else:
+            if self.free:  # micro-steps have grown: its largest is too small, and goes
+                register(self.free.pop(), x.device, False)
+            register(buffer := torch.empty(x.nbytes, dtype=torch.uint8), x.device, True)
+        kept = buffer[:x.nbytes].view(x.dtype).view(x.shape)
+        return kept.copy_(x, non_blocking=True), buffer, x.device
 
-    def unpack(self, packed: tuple[torch.Tensor, torch.device | None]) -> torch.Tensor:
-        x, device = packed
-        if device is None:
+    def unpack(self, packed: tuple[torch.Tensor, torch.Tensor | None, torch.device]
+               ) -> torch.Tensor:
+        x, buffer, device = packed
+        if buffer is None:
             return x
-        self.free[x.shape, x.dtype].append(x)  # whoever fills it next stands behind this copy
+        bisect.insort(self.free, buffer, key=len)  # who fills it next stands behind this copy
         return x.to(device, non_blocking=True, copy=True)
+
+
+def register(buffer: torch.Tensor, device: torch.device, locked: bool) -> None:
+    """Page-lock a buffer, so that copies from and to a GPU need not wait for each other; or let go
+    of it."""
+    if device.type != "cuda":
+        return
+    cuda, place = torch.cuda.cudart(), buffer.data_ptr()
+    if not locked:
+        torch.cuda.synchronize(device)  # a copy may still read it
+    torch.cuda.check_error(cuda.cudaHostRegister(place, len(buffer), 0) if locked else
+                           cuda.cudaHostUnregister(place))
 
 
 def keep_freed_memory() -> None:

@@ -1,0 +1,225 @@
+"""What a step of train.py reads, and what is held out of it: windows of a corpus, or instructions.
+
+Both are functions of (seed, step) alone, so that any step can be made again, and both say in
+micro-steps what this process reads of a step.
+"""
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import longlora
+from data import instruct, prepare
+from data.team import Team, print0
+from eval import answers, attention_pattern, perplexity
+
+HELD_OUT = 32768  # tokens of what --eval-every measures
+
+
+class MicroStep(NamedTuple):
+    tokens: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), -100: not scored
+    how: dict  # what else the model is told
+
+
+# --------------------------------------------------------------------------------------------------
+# A corpus
+
+
+def make_batch(run, tokens: np.ndarray, tokenizer, step: int) -> torch.Tensor:
+    """The token ids (batch_size, context + 1) of a step."""
+    rng = np.random.default_rng((run.seed, step))
+    rows = []
+    for _ in range(run.batch_size):
+        start = int(rng.integers(len(tokens) - run.context))
+        row = tokens[start:start + run.context + 1].astype(np.int64)
+        if rng.random() < run.passkey:
+            row = np.concatenate([prepare.passkey_documents(tokenizer, run.context, rng), row])
+            row = row[:run.context + 1]
+        rows.append(row)
+    return torch.from_numpy(np.stack(rows))
+
+
+class Corpus:
+    """Windows of run.context tokens, cut anywhere; in the table perplexity by context.
+
+    Raises ValueError if there are too few tokens. `samples` is how many windows are an epoch.
+    """
+
+    measures, next_commands = "perplexity", ("passkey", "perplexity")
+
+    def __init__(self, run, config: longlora.LlamaConfig, team: Team):
+        with team.first_one_first():  # it encodes texts, the others find them encoded
+            self.train, valid, test = (
+                prepare.open_tokens(run.data, run.model, config.vocab_size, split)
+                for split in ("train", "valid", "test"))
+        if len(self.train) <= run.context:
+            raise ValueError(f"--data {run.data}: {len(self.train):,} tokens to train on are too "
+                             f"few for --context {run.context:,}")
+        self.valid, self.test = valid[:max(HELD_OUT, run.context)], test[:max(run.eval_tokens,
+                                                                             run.context)]
+        held_out = min(len(self.valid), len(self.test))
+        if run.eval_every and len(self.valid) < run.context or (
+                run.eval_tokens and len(self.test) < run.context):
+            raise ValueError(f"--data {run.data}: {held_out:,} held-out tokens are too few for "
+                             f"--context {run.context:,}; give more text, or "
+                             "--eval-every 0 --eval-tokens 0")
+        self.tokenizer = None
+        if run.passkey:
+            self.tokenizer = prepare.load_tokenizer(run.model, config.vocab_size)
+            prepare.passkey_document(self.tokenizer, prepare.PASSKEY_TOKENS,  # does one fit?
+                                     np.random.default_rng(0), held_out=False)
+        self.run, self.team, self.samples = run, team, len(self.train) // run.context
+        self.groups = f"{run.group_size:,}"
+        self.pattern = attention_pattern(run.attention, run.group_size)
+        if team.contexts > 1:
+            self.pattern |= {"start": team.piece(run.context, run.group_size).start,
+                             "before": team.before}
+        self.contexts = [min(config.max_position_embeddings, run.context)]
+        while self.contexts[-1] < run.context:
+            self.contexts.append(min(2 * self.contexts[-1], run.context))
+        print0(f"{run.data}: a corpus, {len(self.train):,} tokens to train on")
+
+    def step(self, step: int) -> tuple[list[MicroStep], int]:
+        """This process's part of a step, and how many targets are scored in all of it."""
+        batch = make_batch(self.run, self.train, self.tokenizer, step)
+        parts = (x.split(self.run.micro_batch) for x in self.team.share(batch, self.run.group_size))
+        return [MicroStep(*part, self.pattern) for part in zip(*parts)], batch[:, 1:].numel()
+
+    def tokens_until(self, step: int) -> int:
+        """How many are read in the steps before `step`."""
+        return step * self.run.batch_size * self.run.context
+
+    def held_out_loss(self, model: longlora.Llama, dtype: torch.dtype) -> float:
+        return math.log(perplexity(model, self.valid, self.run.context, dtype=dtype).value)
+
+    def measure(self, model: longlora.Llama, dtype: torch.dtype) -> dict:
+        return {str(c): perplexity(model, self.test, c, dtype=dtype).value for c in self.contexts}
+
+    def table(self, rows: dict[str, dict]) -> str:
+        """The measurements of some models, by their names."""
+        lines = [f"perplexity on {len(self.test):,} held-out tokens, full attention, by tokens in "
+                 "a window:", "tokens".rjust(14) + "".join(f"{c:>10,}" for c in self.contexts)]
+        lines += [name.rjust(14) + "".join(f"{row[str(c)]:10.2f}" for c in self.contexts)
+                  for name, row in rows.items()]
+        return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Instructions
+
+
+def packs(lengths: list[int], room: int, teams: int) -> list[list[int]]:
+    """Which of the samples of a step share a row, of at most `room` tokens: as few rows as that
+    takes, but as many for each of `teams`, and about equally long."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for n in itertools.count(teams, teams):
+        rows, sums = [[] for _ in range(n)], [0] * n
+        for i in longest_first:
+            shortest = sums.index(min(sums))
+            rows[shortest].append(i)
+            sums[shortest] += lengths[i]
+        if max(sums) <= room:
+            return [rows[i] for i in np.argsort(sums, kind="stable")[::-1]]
+
+
+class Instructions:
+    """Samples of at most run.context tokens, in an order of their own in each epoch. Those that
+    share a row stand end to end: nothing is padded, and none sees another.
+
+    G is a share of each sample's own length, or run.group_size. The table has exact matches and
+    perplexity of answers, by length. Raises ValueError if there are none, or --context-parallel
+    cannot split one.
+    """
+
+    measures, next_commands = "answers", ("generate --chat", "perplexity")
+
+    def __init__(self, run, config: longlora.LlamaConfig, team: Team, groups: int):
+        with team.first_one_first():  # as above
+            parts = instruct.open_splits(run.data, run.model, config.vocab_size, run.context)
+        self.train, self.valid, self.test = parts
+        self.valid, self.test = self.valid.some(HELD_OUT), self.test.some(run.eval_tokens)
+        self.run, self.team, self.share, self.samples = run, team, groups, len(self.train)
+        self.groups = f"{run.group_size:,}" if run.group_size else f"1/{groups} of a sample"
+        self.shift = attention_pattern(run.attention, run.group_size or 2).get("shift")
+        if not self.samples:
+            raise ValueError(f"--data {run.data}: no answer fits into --context {run.context:,}")
+        if run.eval_every and not len(self.valid) or run.eval_tokens and not len(self.test):
+            raise ValueError(f"--data {run.data}: two of every twenty samples are held out, but "
+                             "there are too few, or --eval-tokens are; give more, or "
+                             "--eval-every 0 --eval-tokens 0")
+        for length in np.unique(self.train.lengths) if team.contexts > 1 else ():
+            self.check_split(int(length))
+        cut, left_out = (sum(getattr(part, name) for part in parts) for name in ("cut", "left_out"))
+        print0(f"{run.data}: instructions, {self.samples:,} to train on at {run.context:,} tokens; "
+               f"prompts that lose their middle: {cut:,}; left out, as the answer alone does not "
+               f"fit: {left_out:,}")
+
+    def group_size(self, length: int) -> int:
+        return self.run.group_size or longlora.default_group_size(length, self.share)
+
+    def check_split(self, length: int) -> None:
+        N, G = self.team.contexts, self.group_size(length)
+        if (N - 1) * G * math.ceil(length / (N * G)) >= length:
+            raise ValueError(f"--context-parallel {N}: a sample of {length:,} tokens is too short to "
+                             f"split into whole groups of {G:,}; take fewer processes for a "
+                             "sequence, or a smaller --group-size")
+
+    def order(self, first: int, last: int) -> np.ndarray:
+        """Which samples are drawn first, first + 1, ..., last - 1."""
+        n, epochs = self.samples, range(first // self.samples, last // self.samples + 1)
+        drawn = [np.random.default_rng((self.run.seed, e)).permutation(n) for e in epochs]
+        return np.concatenate(drawn)[first - n * epochs[0]:last - n * epochs[0]]
+
+    def step(self, step: int) -> tuple[list[MicroStep], int]:
+        """This process's part of a step, and how many targets are scored in all of it."""
+        B, team = self.run.batch_size, self.team
+        drawn = [self.train[i] for i in self.order(step * B, (step + 1) * B)]
+        rows = packs([len(ids) for ids, _ in drawn], self.run.micro_batch * self.run.context,
+                     team.size // team.contexts)
+        mine = rows[team.rank // team.contexts::team.size // team.contexts]
+        idle = min(drawn, key=lambda sample: len(sample[0]))  # nothing to do: work in step
+        return [self.micro_step([drawn[i] for i in row] or [(idle[0], np.full_like(idle[0], -100))])
+                for row in mine], sum(int((labels != -100).sum()) for _, labels in drawn)
+
+    def micro_step(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> MicroStep:
+        """This process's part of each of `samples`, end to end."""
+        sizes = [self.group_size(len(ids)) for ids, _ in samples]
+        parts = [self.team.piece(len(ids), G) for (ids, _), G in zip(samples, sizes)]
+        tokens, targets = (torch.from_numpy(np.concatenate([x[part] for x, part in zip(xs, parts)]))
+                           for xs in zip(*((ids, np.append(labels[1:], -100))
+                                           for ids, labels in samples)))
+        how = {"lengths": [part.stop - part.start for part in parts]}
+        if self.shift is not None:
+            how |= {"group_size": sizes, "shift": self.shift}
+        if self.team.contexts > 1:
+            how |= {"start": [part.start for part in parts], "before": self.team.before}
+        return MicroStep(tokens[None], targets[None], how)
+
+    def tokens_until(self, step: int) -> int:
+        """How many are read in the steps before `step`."""
+        lengths, drawn = self.train.lengths, step * self.run.batch_size
+        epochs = drawn // self.samples
+        begun = lengths[self.order(epochs * self.samples, drawn)].sum()
+        return int(epochs * lengths.sum() + begun)
+
+    def held_out_loss(self, model: longlora.Llama, dtype: torch.dtype) -> float:
+        return math.log(answers(model, self.valid, dtype)[-1]["perplexity"])
+
+    def measure(self, model: longlora.Llama, dtype: torch.dtype) -> list[dict]:
+        return answers(model, self.test, dtype)
+
+    def table(self, rows: dict[str, list[dict]]) -> str:
+        """The measurements of some models, by their names."""
+        first = next(iter(rows.values()))
+        lengths = [f"{row['tokens']:,}" if row["tokens"] else "all" for row in first]
+        lines = ["held-out answers, full attention, by tokens in a sample:",
+                 "up to".rjust(24) + "".join(f"{length:>10}" for length in lengths),
+                 "samples".rjust(24) + "".join(f"{row['samples']:10,}" for row in first)]
+        for what in ("exact_match", "perplexity"):
+            lines += [f"{name}: {what.replace('_', ' ')}".rjust(24)
+                      + "".join(f"{row[what]:10.2f}" for row in found)
+                      for name, found in rows.items()]
+        return "\n".join(lines)

@@ -1,0 +1,274 @@
+"""Instructions and their answers, for supervised fine-tuning on long ones (the paper's LongAlpaca).
+
+A file of them is a JSON list or JSON lines of {"instruction", "output"}, with an "input" or
+without. It is encoded once, into a token file and beside it an index of where each sample ends and
+how many of its tokens are the prompt: FILE.bin and FILE.samples.npy.
+
+    a sample    <s> [INST]{instruction}[/INST] {output} </s>
+    labels      -100 for the prompt ........... and each token of the answer
+"""
+import ast
+import contextlib
+import math
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data import prepare
+from data.formats import replace_file, write_json
+
+QUESTIONS = "stdlib-questions"
+
+
+# --------------------------------------------------------------------------------------------------
+# The form
+
+
+def prompt_text(instruction: str, more: str = "") -> str:
+    """What stands before an answer, in training and in a chat. `more` is a record's "input", or the
+    question about a text."""
+    return f"[INST]{instruction}\n{more}[/INST]" if more else f"[INST]{instruction}[/INST]"
+
+
+def encode(tokenizer: prepare.Tokenizer, prompt: str, output: str) -> tuple[list[int], int]:
+    """The ids of a sample, and how many of them are the prompt's: as many as it has alone, although
+    it is encoded together with the answer. `</s>` is always the answer's."""
+    ids = [tokenizer.bos_id(), *tokenizer.encode(prompt + output), tokenizer.eos_id()]
+    return ids, min(1 + len(tokenizer.encode(prompt)), len(ids) - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def index_of(path: Path) -> Path:
+    return path.with_suffix(".samples.npy")
+
+
+def is_instructions(data: str | Path) -> bool:
+    """Whether `data` is instructions, by what is in it: an index is beside a token file, or a first
+    record has an "instruction". (A .json can be nothing else.)"""
+    path = Path(data)
+    if path.suffix == ".bin":
+        return index_of(path).is_file()
+    if not path.is_file() or path.suffix == ".txt":
+        return str(data) == QUESTIONS
+    with contextlib.suppress(ValueError):  # whoever reads it will say so
+        for _, record, _ in prepare.records(path):
+            return isinstance(record, dict) and "instruction" in record or path.suffix == ".json"
+    return path.suffix == ".json"
+
+
+def read_instructions(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Prompt, answer, and the characters read for them. Raises ValueError, naming the record."""
+    place = None
+    for place, record, read in prepare.records(path):
+        if not isinstance(record, dict):
+            raise ValueError(f'{path}, {place}: expected an object with "instruction" and "output"'
+                             f", got {type(record).__name__}")
+        fields = {"input": "", **{k: v for k, v in record.items() if v is not None}}
+        for name in ("instruction", "input", "output"):
+            if not isinstance(fields.get(name), str):
+                got = type(fields[name]).__name__ if name in fields else "none"
+                raise ValueError(f'{path}, {place}: expected a text as "{name}", got {got}')
+        yield prompt_text(fields["instruction"], fields["input"]), fields["output"], read
+    if place is None:
+        raise ValueError(f"{path}: no instructions in it")
+
+
+def write_samples(files: list[Path], tokenizer: prepare.Tokenizer, out: Path) -> int:
+    """Encode instructions into the token file `out` and its index; returns how many there are.
+    Complete or absent: the index comes last."""
+    index, end = [], 0
+
+    def samples() -> Iterator[tuple[list[int], int]]:
+        nonlocal end
+        for path in files:
+            for prompt, output, read in read_instructions(path):
+                ids, prompt_length = encode(tokenizer, prompt, output)
+                end += len(ids)
+                index.append((end, prompt_length))
+                yield ids, read
+
+    prepare.write_tokens(samples(), files, tokenizer, out)
+    array = np.array(index, np.int64)
+
+    def save(partial: Path) -> None:
+        with open(partial, "wb") as sink:  # np.save would add a suffix
+            np.save(sink, array)
+
+    replace_file(index_of(out), save)
+    return len(index)
+
+
+class Samples:
+    """Instructions as token ids, none longer than `context`: an over-long one keeps its answer and
+    loses the middle of its prompt, one whose answer alone does not fit is left out.
+
+    `places` (N, 3) is where in `tokens` each begins, the length of its prompt, and its own.
+    `samples[i]` is ids and labels, both (T,); the labels of the prompt are -100. `lengths` has
+    every T; `cut` and `left_out` count.
+    """
+
+    def __init__(self, tokens: np.ndarray, places: np.ndarray, context: int):
+        _, prompts, lengths = places.T
+        fits = lengths - prompts < context  # behind one token at least
+        self.tokens, self.context, self.places = tokens, context, places[fits]
+        self.lengths = np.minimum(lengths[fits], context)
+        self.left_out = int((~fits).sum())
+        self.cut = int((fits & (lengths > context)).sum())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def some(self, tokens: int) -> "Samples":
+        """As many, drawn at random but always the same, as have so many tokens together."""
+        order = np.random.default_rng(0).permutation(len(self))
+        return self.part(np.sort(order[np.cumsum(self.lengths[order]) <= tokens]))
+
+    def part(self, which: np.ndarray) -> "Samples":
+        return Samples(self.tokens, self.places[which], self.context)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        start, prompt, length = map(int, self.places[i])
+        ids = self.tokens[start:start + length].astype(np.int64)
+        if length > self.context:
+            kept = prompt - (length - self.context)
+            ids = np.concatenate([ids[:(kept + 1) // 2], ids[prompt - kept // 2:]])
+            prompt = kept
+        labels = ids.copy()
+        labels[:prompt] = -100
+        return ids, labels
+
+
+def read_index(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """The `places` (N, 3) of the samples in a token file. Raises ValueError if its index is broken
+    or another file's."""
+    try:
+        index = np.load(index_of(path), allow_pickle=False)
+        ends, prompts = index.T
+        starts = np.concatenate([[0], ends[:-1]])
+        whole = (index.dtype == np.int64 and ends[-1] == len(tokens) and (prompts > 0).all()
+                 and (starts + prompts < ends).all())
+    except (ValueError, TypeError, IndexError, EOFError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{index_of(path)} does not describe the samples in {path}: make both "
+                         "again by data/prepare.py (or, if that is no file of instructions, remove "
+                         "the index)")
+    return np.stack([starts, prompts, ends - starts], axis=1)
+
+
+def open_samples(data: str, model_path: str | Path, vocab_size: int, context: int,
+                 split: str = "test") -> Samples:
+    """The instructions in `data`: a token file with its index, JSON, or "stdlib-questions", of
+    which `split` is taken. JSON is encoded with the model's tokenizer, once, into data/tokens.
+    Raises FileNotFoundError, ValueError."""
+    path, pieces = Path(data), vocab_size
+    if data == QUESTIONS:
+        path = library_questions(model_path, split)
+    if path.suffix != ".bin":
+        tokenizer = prepare.load_tokenizer(model_path, vocab_size)
+        source, path, pieces = path, prepare.cached(path, [path], tokenizer), tokenizer.vocab_size()
+        if not index_of(path).exists():
+            write_samples([source], tokenizer, path)
+    tokens = prepare.map_tokens(path, pieces, vocab_size)
+    return Samples(tokens, read_index(path, tokens), context)
+
+
+def open_splits(data: str, model_path: str | Path, vocab_size: int, context: int
+                ) -> tuple[Samples, Samples, Samples]:
+    """What is to train on, and two parts that are held out, for validation and for test: of the
+    library's questions those about other files, of other data the last two of every twenty
+    samples. Raises as `open_samples`."""
+    where = data, model_path, vocab_size, context
+    if data == QUESTIONS:
+        return tuple(open_samples(*where, split) for split in ("train", "valid", "test"))
+    every = open_samples(*where)
+    turn = np.arange(len(every)) % 20
+    return tuple(every.part(which) for which in (turn < 18, turn == 18, turn == 19))
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions about the standard library's files, from their syntax trees
+
+COUNTS = {"train": 4000, "valid": 200, "test": 400}
+LONGEST, FORM = 2048, 64  # tokens of a sample, of them for question, answer and marks
+GUESSED = {"None", "True", "False", "0", "1", "''"}  # defaults so common that they could be guessed
+
+
+class Fact(NamedTuple):
+    question: str
+    answer: str
+    first: int  # line (from 1) that one needs to see to answer
+    last: int
+    others: list[int]  # lines that must not be there: they define the same name again
+
+
+def facts(source: str) -> Iterator[Fact]:
+    """What can be asked about a Python source, from its syntax tree: which class defines a method,
+    what an argument's default is."""
+    functions, owners, lines = {}, {}, source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            owners |= dict.fromkeys(node.body, node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            functions.setdefault(node.name, []).append(node)
+    for name, node in ((name, node) for name, nodes in functions.items() for node in nodes):
+        others = [other.lineno for other in functions[name] if other is not node]
+        if owner := owners.get(node):
+            yield Fact(f"Which class defines {name}?", f"class {owner.name}", owner.lineno,
+                       node.lineno, others)
+        positional = node.args.posonlyargs + node.args.args
+        for argument, default in [*zip(positional[::-1], node.args.defaults[::-1]),
+                                  *zip(node.args.kwonlyargs, node.args.kw_defaults)]:
+            if not default or default.lineno < default.end_lineno:
+                continue
+            line = lines[default.lineno - 1].encode()  # columns are bytes
+            text = line[default.col_offset:default.end_col_offset].decode()
+            if len(text) <= 20 and text not in GUESSED:
+                yield Fact(f"What is the default of {argument.arg} in {name}?",
+                           f"{argument.arg}={text}", node.lineno, default.end_lineno, others)
+
+
+def library_questions(tokenizer_path: str | Path, split: str) -> Path:
+    """The instructions about the library's files in one split, as JSON, made at the first call and
+    kept in data/tokens: an excerpt of a file and a question that it answers somewhere. Their
+    lengths are drawn evenly on a log scale, up to 2,048 tokens."""
+    tokenizer = prepare.load_tokenizer(tokenizer_path)
+    out = (prepare.CACHE / f"stdlib-{platform.python_version()}-{tokenizer.key}" /
+           f"questions-{split}.json")
+    if out.exists():
+        return out
+    found, samples, rng = [], [], np.random.default_rng(0)
+    for path in tqdm(prepare.library_files(split), desc=out.name, unit="file"):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        lines = source.splitlines(keepends=True)
+        ends = np.cumsum([0, *(len(tokenizer.encode(line)) for line in lines)])  # in tokens
+        with contextlib.suppress(SyntaxError):  # some are meant to be broken
+            found += [(lines, ends, fact) for fact in facts(source)]
+    for i in np.concatenate([rng.permutation(len(found)) for _ in range(3)]):  # other excerpts
+        lines, ends, (question, answer, first, last, others) = found[i]
+        room = round(math.exp(rng.uniform(math.log(256), math.log(LONGEST)))) - FORM
+        earliest = np.searchsorted(ends, ends[last] - room)
+        if earliest >= first:
+            continue  # class and method are too far apart
+        start = int(rng.integers(earliest, first))
+        stop = int(np.searchsorted(ends, ends[start] + room, "right")) - 1
+        if stop == len(lines):
+            start = int(np.searchsorted(ends, ends[-1] - room))
+        excerpt = "".join(lines[start:stop])
+        if any(start < line <= stop for line in others) or (
+                answer.startswith("class ") and len(re.findall(r"^ *class ", excerpt, re.M)) < 2):
+            continue  # not the only answer, or the only class
+        samples.append({"instruction": f"{excerpt}\n{question}", "output": answer})
+        if len(samples) == COUNTS[split]:
+            break
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, samples)
+    return out
