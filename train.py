@@ -189,6 +189,7 @@ def resolve(run: Run, model: longlora.Llama) -> int:
             raise ValueError(f"--context-parallel {run.context_parallel}: its {piece:g} tokens a "
                              f"process are not whole groups of {run.group_size}; take another "
                              "--context or a smaller --group-size")
+    attention_pattern(run.attention, run.group_size or 2)  # refuses an odd one
     if run.attention == "shifted" and model.config.num_attention_heads % 2:
         raise ValueError("shifting half of the heads needs an even number of them: "
                          "--attention local or full")

@@ -143,7 +143,6 @@ class Instructions:
         self.valid, self.test = self.valid.some(HELD_OUT), self.test.some(run.eval_tokens)
         self.run, self.team, self.share, self.samples = run, team, groups, len(self.train)
         self.groups = f"{run.group_size:,}" if run.group_size else f"1/{groups} of a sample"
-        self.shift = attention_pattern(run.attention, run.group_size or 2).get("shift")
         if not self.samples:
             raise ValueError(f"--data {run.data}: no answer fits into --context {run.context:,}")
         if run.eval_every and not len(self.valid) or run.eval_tokens and not len(self.test):
@@ -161,10 +160,10 @@ class Instructions:
         return self.run.group_size or longlora.default_group_size(length, self.share)
 
     def check_split(self, length: int) -> None:
-        N, G = self.team.contexts, self.group_size(length)
-        if (N - 1) * G * math.ceil(length / (N * G)) >= length:
-            raise ValueError(f"--context-parallel {N}: a sample of {length:,} tokens is too short to "
-                             f"split into whole groups of {G:,}; take fewer processes for a "
+        G = self.group_size(length)
+        if (groups := math.ceil(length / G)) < self.team.contexts:
+            raise ValueError(f"--context-parallel {self.team.contexts}: a sample of {length:,} "
+                             f"tokens is {groups} groups of {G:,}; take fewer processes for a "
                              "sequence, or a smaller --group-size")
 
     def order(self, first: int, last: int) -> np.ndarray:
@@ -180,23 +179,28 @@ class Instructions:
         rows = packs([len(ids) for ids, _ in drawn], self.run.micro_batch * self.run.context,
                      team.size // team.contexts)
         mine = rows[team.rank // team.contexts::team.size // team.contexts]
-        idle = min(drawn, key=lambda sample: len(sample[0]))  # nothing to do: work in step
-        return [self.micro_step([drawn[i] for i in row] or [(idle[0], np.full_like(idle[0], -100))])
-                for row in mine], sum(int((labels != -100).sum()) for _, labels in drawn)
+        shortest = min((ids for ids, _ in drawn), key=len)
+        idle = [(shortest, np.full_like(shortest, -100))]  # for who has none, so that all keep step
+        return [self.micro_step([drawn[i] for i in row] or idle) for row in mine], sum(
+            int((labels != -100).sum()) for _, labels in drawn)
 
     def micro_step(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> MicroStep:
         """This process's part of each of `samples`, end to end."""
-        sizes = [self.group_size(len(ids)) for ids, _ in samples]
-        parts = [self.team.piece(len(ids), G) for (ids, _), G in zip(samples, sizes)]
-        tokens, targets = (torch.from_numpy(np.concatenate([x[part] for x, part in zip(xs, parts)]))
-                           for xs in zip(*((ids, np.append(labels[1:], -100))
-                                           for ids, labels in samples)))
-        how = {"lengths": [part.stop - part.start for part in parts]}
-        if self.shift is not None:
-            how |= {"group_size": sizes, "shift": self.shift}
+        tokens, targets, lengths, starts, groups = [], [], [], [], []
+        for ids, labels in samples:
+            groups.append(self.group_size(len(ids)))
+            part = self.team.piece(len(ids), groups[-1])
+            tokens.append(ids[part])
+            targets.append(np.append(labels[1:], -100)[part])  # what follows each token
+            lengths.append(len(tokens[-1]))
+            starts.append(part.start)
+        how = {"lengths": lengths}
+        if self.run.attention != "full":
+            how |= {"group_size": groups, "shift": self.run.attention == "shifted"}
         if self.team.contexts > 1:
-            how |= {"start": [part.start for part in parts], "before": self.team.before}
-        return MicroStep(tokens[None], targets[None], how)
+            how |= {"start": starts, "before": self.team.before}
+        return MicroStep(*(torch.from_numpy(np.concatenate(x))[None] for x in (tokens, targets)),
+                         how)
 
     def tokens_until(self, step: int) -> int:
         """How many are read in the steps before `step`."""

@@ -1,4 +1,5 @@
 """Text from a model: generation with kept keys and values, and conversations at a terminal."""
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -113,6 +114,8 @@ def talk(model: longlora.Llama, tokenizer: Tokenizer, text: str | None, question
     Each turn has the form of a sample in training, behind the turns before it, with one BOS at the
     beginning. What was read is not read again. A turn that does not fit the window is left out.
     """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, input() edits lines by it
     cache = Cache(model.config, model.lm_head.weight.device, dtype)
     ids, rows = [tokenizer.bos_id()], []
     while True:

@@ -56,7 +56,7 @@ def is_instructions(data: str | Path) -> bool:
     path = Path(data)
     if path.suffix == ".bin":
         return index_of(path).is_file()
-    if not path.is_file() or path.suffix == ".txt":
+    if not path.is_file() or path.suffix not in (".json", ".jsonl"):
         return str(data) == QUESTIONS
     with contextlib.suppress(ValueError):  # whoever reads it will say so
         for _, record, _ in prepare.records(path):
@@ -129,10 +129,8 @@ class Samples:
     def some(self, tokens: int) -> "Samples":
         """As many, drawn at random but always the same, as have so many tokens together."""
         order = np.random.default_rng(0).permutation(len(self))
-        return self.part(np.sort(order[np.cumsum(self.lengths[order]) <= tokens]))
-
-    def part(self, which: np.ndarray) -> "Samples":
-        return Samples(self.tokens, self.places[which], self.context)
+        drawn = np.sort(order[np.cumsum(self.lengths[order]) <= tokens])
+        return Samples(self.tokens, self.places[drawn], self.context)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         start, prompt, length = map(int, self.places[i])
@@ -164,12 +162,15 @@ def read_index(path: Path, tokens: np.ndarray) -> np.ndarray:
     return np.stack([starts, prompts, ends - starts], axis=1)
 
 
-def open_samples(data: str, model_path: str | Path, vocab_size: int, context: int,
-                 split: str = "test") -> Samples:
-    """The instructions in `data`: a token file with its index, JSON, or "stdlib-questions", of
-    which `split` is taken. JSON is encoded with the model's tokenizer, once, into data/tokens.
-    Raises FileNotFoundError, ValueError."""
+def open_places(data: str, model_path: str | Path, vocab_size: int,
+                split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the instructions in `data`, and their `places`: see `open_samples`."""
     path, pieces = Path(data), vocab_size
+    if not is_instructions(data):
+        if not path.exists():
+            raise FileNotFoundError(f"{data}: no such file")
+        raise ValueError(f'{data}: no instructions; expected .json or .jsonl with "instruction" and '
+                         f'"output", a .bin that data/prepare.py made of it, or {QUESTIONS}')
     if data == QUESTIONS:
         path = library_questions(model_path, split)
     if path.suffix != ".bin":
@@ -178,20 +179,25 @@ def open_samples(data: str, model_path: str | Path, vocab_size: int, context: in
         if not index_of(path).exists():
             write_samples([source], tokenizer, path)
     tokens = prepare.map_tokens(path, pieces, vocab_size)
-    return Samples(tokens, read_index(path, tokens), context)
+    return tokens, read_index(path, tokens)
 
 
-def open_splits(data: str, model_path: str | Path, vocab_size: int, context: int
-                ) -> tuple[Samples, Samples, Samples]:
-    """What is to train on, and two parts that are held out, for validation and for test: of the
-    library's questions those about other files, of other data the last two of every twenty
-    samples. Raises as `open_samples`."""
-    where = data, model_path, vocab_size, context
+def open_samples(data: str, model_path: str | Path, vocab_size: int, context: int) -> Samples:
+    """The instructions in `data`: JSON, a token file with its index, or "stdlib-questions" (those
+    about the test split's files). JSON is encoded with the model's tokenizer, once, into
+    data/tokens. Raises FileNotFoundError, ValueError."""
+    return Samples(*open_places(data, model_path, vocab_size, "test"), context)
+
+
+def open_splits(data: str, model_path: str | Path, vocab_size: int, context: int) -> list[Samples]:
+    """The same, but in three parts: to train on, and held out for validation and for test. Of the
+    library's questions these are about other files, of other data the last two of every twenty."""
+    splits, where = ("train", "valid", "test"), (data, model_path, vocab_size)
     if data == QUESTIONS:
-        return tuple(open_samples(*where, split) for split in ("train", "valid", "test"))
-    every = open_samples(*where)
-    turn = np.arange(len(every)) % 20
-    return tuple(every.part(which) for which in (turn < 18, turn == 18, turn == 19))
+        return [Samples(*open_places(*where, split), context) for split in splits]
+    tokens, places = open_places(*where, "")
+    part = np.clip(np.arange(len(places)) % 20 - 17, 0, 2)
+    return [Samples(tokens, places[part == i], context) for i in range(3)]
 
 
 # --------------------------------------------------------------------------------------------------

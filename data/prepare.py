@@ -106,7 +106,7 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
             files.append(path)
         else:
             raise ValueError(f"{path}: not a text; expected .txt, .jsonl, a folder of them, "
-                             "or a .bin token file")
+                             "a .bin token file, or instructions (.json)")
     return files
 
 
@@ -553,7 +553,7 @@ def main() -> None:
         if not args.out or args.out.suffix != ".bin":
             parser.error("with texts, say where to write: --out FILE.bin")
         tokenizer, files = load_tokenizer(args.tokenizer), list(map(Path, args.texts))
-        if all(map(instruct.is_instructions, args.texts)):
+        if all(path.suffix != ".bin" and instruct.is_instructions(path) for path in files):
             count = instruct.write_samples(files, tokenizer, args.out)
             print(f"{args.out}: {count:,} instructions; their places: "
                   f"{instruct.index_of(args.out)}")

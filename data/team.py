@@ -91,11 +91,11 @@ class Team(NamedTuple):
         return tokens[:, part], targets[:, part]
 
     def piece(self, length: int, group_size: int) -> slice:
-        """This process's part of a sequence: whole groups, as many for each process but the last,
-        which has the rest. Empty if there are too few."""
-        size = group_size * math.ceil(length / (group_size * self.contexts))
-        first = self.rank % self.contexts * size
-        return slice(first, min(first + size, length))
+        """This process's part of a sequence: whole groups, shared out evenly, but that the last one
+        of the sequence may be shorter. Empty if there are too few groups."""
+        groups, place = math.ceil(length / group_size), self.rank % self.contexts
+        first, last = ((place + i) * groups // self.contexts * group_size for i in (0, 1))
+        return slice(first, min(last, length))
 
     def before(self, x: torch.Tensor, n: int) -> torch.Tensor:
         """x (B, h, T, D) of this process's part of a sequence, behind the n tokens before it."""
