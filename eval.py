@@ -22,7 +22,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -395,9 +394,12 @@ def plot_passkey(args: argparse.Namespace, rows: list[dict]) -> None:
 def run_answers(args: argparse.Namespace) -> list[dict]:
     model, dtype, team = load(args, args.context)
     with team.first_one_first():
-        samples = instruct.open_samples(args.data, args.model, model.config.vocab_size,
-                                        args.context or model.config.max_position_embeddings)
-    if not len(samples := samples.some(args.max_tokens)):
+        context = args.context or model.config.max_position_embeddings
+        samples = instruct.open_samples(args.data, args.model, model.config.vocab_size, context)
+    print0(f"{args.data}: {len(samples):,} samples at {context:,} tokens; {samples.lost(samples)}")
+    if args.max_tokens:
+        samples = samples.some(args.max_tokens)
+    if not len(samples):
         raise ValueError(f"--data {args.data}: no sample to answer fits --context or --max-tokens")
     rows = answers(model, samples, dtype)
     print_table([row | {"tokens": row["tokens"] or "all"} for row in rows])
@@ -537,7 +539,7 @@ def main() -> None:
                      "(of stdlib-questions those about the test split's files)")
     sub.add_argument("--context", type=positive, help="longest sample; of longer ones the prompt's "
                      "middle is left out (the model's window)")
-    sub.add_argument("--max-tokens", type=positive, default=1 << 40, help="read only so many tokens")
+    sub.add_argument("--max-tokens", type=positive, help="read only so many tokens")
 
     sub = with_model(command("topics", run_topics, "Topic retrieval (LongChat): share of records "
                              "of conversations whose first topic is named."))

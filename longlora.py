@@ -527,7 +527,7 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4-bit weights, for what is frozen: data/nf4.py
+# 4-bit weights for what is frozen; what they are is in data/nf4.py
 
 
 def count_weights(model: nn.Module) -> int:

@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -243,9 +242,9 @@ FREE = {"out", "resume", "overwrite", "eval_every", "save_every", "compile", "ch
         "gpu_memory"}
 
 
-def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:
+def find_state(run: Run, measures: str, team: Team) -> tuple[Path, dict] | None:
     """The newest whole state in --out and its facts, the same for all processes. Raises ValueError
-    if other settings made it."""
+    if other settings made it, or another kind of data, which `measures` tells."""
     found = [states.newest(Path(run.out) / "states") if team.rank == 0 else None]
     if team.size > 1:
         dist.broadcast_object_list(found)
@@ -257,6 +256,8 @@ def find_state(run: Run, team: Team) -> tuple[Path, dict] | None:
         if name not in FREE and was.get(name) != value:
             raise ValueError(f"--resume: {run.out} was made with --{name.replace('_', '-')} "
                              f"{was.get(name)}, not {value}")
+    if measures not in found[0][1]["results"]:
+        raise ValueError(f"--resume: {run.data} is of another kind than when {run.out} was made")
     return found[0]
 
 
@@ -356,8 +357,8 @@ def main(run: Run) -> None:
     data = (Instructions(run, model.config, team, groups) if is_instructions(run.data) else
             Corpus(run, model.config, team))
     if run.steps is None:
-        run.steps = math.ceil(run.epochs * data.samples / run.batch_size)
-    state = find_state(run, team) if run.resume else None
+        run.steps = math.ceil(round(run.epochs * data.samples / run.batch_size, 6))
+    state = find_state(run, data.measures, team) if run.resume else None
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob("*.partial"):  # by a process that was killed
@@ -430,11 +431,13 @@ def main(run: Run) -> None:
                 sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
                          f"{norm}; {out} {kept}. Try a lower --lr than {run.lr:g}, or "
                          "--dtype float32" if main_process else 1)
-            before, tokens = (data.tokens_until(s) for s in (step, step + 1))
-            tokens_per_s = (tokens - before) / (time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            tokens = data.tokens_until(step + 1)
+            tokens_per_s = (tokens - data.tokens_until(step)) / seconds
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
-                    "tokens": tokens, "tokens_per_s": tokens_per_s, "peak_memory_bytes": peak_memory(device)}
+                    "tokens": tokens, "tokens_per_s": tokens_per_s,
+                    "peak_memory_bytes": peak_memory(device)}
             if run.eval_every and (step + 1) % run.eval_every == 0:
                 line["held_out_loss"] = data.held_out_loss(model, dtype)
                 held_out = f", held-out loss {line['held_out_loss']:.3f}"

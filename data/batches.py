@@ -3,6 +3,7 @@
 Both are functions of (seed, step) alone, so that any step can be made again, and both say in
 micro-steps what this process reads of a step.
 """
+import heapq
 import itertools
 import math
 from typing import NamedTuple
@@ -60,12 +61,11 @@ class Corpus:
                              f"few for --context {run.context:,}")
         self.valid, self.test = valid[:max(HELD_OUT, run.context)], test[:max(run.eval_tokens,
                                                                              run.context)]
-        held_out = min(len(self.valid), len(self.test))
         if run.eval_every and len(self.valid) < run.context or (
                 run.eval_tokens and len(self.test) < run.context):
-            raise ValueError(f"--data {run.data}: {held_out:,} held-out tokens are too few for "
-                             f"--context {run.context:,}; give more text, or "
-                             "--eval-every 0 --eval-tokens 0")
+            raise ValueError(f"--data {run.data}: {min(len(self.valid), len(self.test)):,} held-out"
+                             f" tokens are too few for --context {run.context:,}; give more text, "
+                             "or --eval-every 0 --eval-tokens 0")
         self.tokenizer = None
         if run.passkey:
             self.tokenizer = prepare.load_tokenizer(run.model, config.vocab_size)
@@ -112,17 +112,18 @@ class Corpus:
 
 
 def packs(lengths: list[int], room: int, teams: int) -> list[list[int]]:
-    """Which of the samples of a step share a row, of at most `room` tokens: as few rows as that
-    takes, but as many for each of `teams`, and about equally long."""
+    """Which of the samples of a step share a row, of at most `room` tokens: few rows, as many for
+    each of `teams`, and about equally long, the longest first."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for n in itertools.count(teams, teams):
-        rows, sums = [[] for _ in range(n)], [0] * n
+    fewest = max(1, math.ceil(sum(lengths) / room / teams)) * teams
+    for n in itertools.count(fewest, teams):
+        rows = [(0, i, []) for i in range(n)]  # a heap: tokens, which one, samples
         for i in longest_first:
-            shortest = sums.index(min(sums))
-            rows[shortest].append(i)
-            sums[shortest] += lengths[i]
-        if max(sums) <= room:
-            return [rows[i] for i in np.argsort(sums, kind="stable")[::-1]]
+            tokens, place, row = rows[0]
+            heapq.heapreplace(rows, (tokens + lengths[i], place, row + [i]))
+        rows.sort(reverse=True)
+        if rows[0][0] <= room:
+            return [row for _, _, row in rows]
 
 
 class Instructions:
@@ -134,36 +135,36 @@ class Instructions:
     cannot split one.
     """
 
-    measures, next_commands = "answers", ("generate --chat", "perplexity")
+    measures, next_commands = "answers", ("generate --chat",)
 
     def __init__(self, run, config: longlora.LlamaConfig, team: Team, groups: int):
-        with team.first_one_first():  # as above
+        with team.first_one_first():
             parts = instruct.open_splits(run.data, run.model, config.vocab_size, run.context)
         self.train, self.valid, self.test = parts
-        self.valid, self.test = self.valid.some(HELD_OUT), self.test.some(run.eval_tokens)
-        self.run, self.team, self.share, self.samples = run, team, groups, len(self.train)
+        self.valid = self.valid.some(max(HELD_OUT, run.context))
+        self.test = self.test.some(run.eval_tokens)
+        self.run, self.team, self.per_sample, self.samples = run, team, groups, len(self.train)
         self.groups = f"{run.group_size:,}" if run.group_size else f"1/{groups} of a sample"
         if not self.samples:
             raise ValueError(f"--data {run.data}: no answer fits into --context {run.context:,}")
-        if run.eval_every and not len(self.valid) or run.eval_tokens and not len(self.test):
-            raise ValueError(f"--data {run.data}: two of every twenty samples are held out, but "
-                             "there are too few, or --eval-tokens are; give more, or "
-                             "--eval-every 0 --eval-tokens 0")
+        for name, part in (("eval_every", self.valid), ("eval_tokens", self.test)):
+            if getattr(run, name) and not len(part):
+                name = "--" + name.replace("_", "-")
+                raise ValueError(f"--data {run.data}: one sample in twenty is held out for {name}, "
+                                 f"and none of them fits; give more samples or tokens, or {name} 0")
         for length in np.unique(self.train.lengths) if team.contexts > 1 else ():
             self.check_split(int(length))
-        cut, left_out = (sum(getattr(part, name) for part in parts) for name in ("cut", "left_out"))
         print0(f"{run.data}: instructions, {self.samples:,} to train on at {run.context:,} tokens; "
-               f"prompts that lose their middle: {cut:,}; left out, as the answer alone does not "
-               f"fit: {left_out:,}")
+               f"{self.train.lost(*parts)}")
 
     def group_size(self, length: int) -> int:
-        return self.run.group_size or longlora.default_group_size(length, self.share)
+        return self.run.group_size or longlora.default_group_size(length, self.per_sample)
 
     def check_split(self, length: int) -> None:
         G = self.group_size(length)
         if (groups := math.ceil(length / G)) < self.team.contexts:
-            raise ValueError(f"--context-parallel {self.team.contexts}: a sample of {length:,} "
-                             f"tokens is {groups} groups of {G:,}; take fewer processes for a "
+            raise ValueError(f"--context-parallel {self.team.contexts}: groups of {G:,} in a sample"
+                             f" of {length:,} tokens: {groups}; take fewer processes for a "
                              "sequence, or a smaller --group-size")
 
     def order(self, first: int, last: int) -> np.ndarray:

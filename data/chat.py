@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import longlora
@@ -20,15 +21,16 @@ class Cache:
     it in turn. 2 x L x H_kv x D numbers a token: 0.5 MiB for Llama-2-7B in bfloat16."""
 
     def __init__(self, config: longlora.LlamaConfig, device: torch.device, dtype: torch.dtype):
-        self.kv = torch.empty(config.num_hidden_layers, 2, 1, config.num_key_value_heads, 0,
-                              config.head_dim, device=device, dtype=dtype)
+        shape = 2, 1, config.num_key_value_heads, 0, config.head_dim  # (2, B, H_kv, S, D)
+        self.kv = [torch.empty(shape, device=device, dtype=dtype)
+                   for _ in range(config.num_hidden_layers)]
         self.length, self.layer = 0, 0
 
     def make_room(self, tokens: int) -> None:
-        """For so many tokens in all."""
-        more = max(0, tokens - self.kv.shape[4])
-        self.kv = torch.cat([self.kv, self.kv.new_empty(*self.kv.shape[:4], more,
-                                                        self.kv.shape[5])], dim=4)
+        """For so many tokens in all; layer by layer, so that no more than one is there twice."""
+        for i, kv in enumerate(self.kv):
+            if (more := tokens - kv.shape[3]) > 0:
+                self.kv[i] = F.pad(kv, (0, 0, 0, more))
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         T, kv = q.shape[2], self.kv[self.layer]

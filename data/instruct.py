@@ -2,13 +2,14 @@
 
 A file of them is a JSON list or JSON lines of {"instruction", "output"}, with an "input" or
 without. It is encoded once, into a token file and beside it an index of where each sample ends and
-how many of its tokens are the prompt: FILE.bin and FILE.samples.npy.
+how many of its tokens are the prompt's (int64 pairs): FILE.bin and FILE.samples.
 
     a sample    <s> [INST]{instruction}[/INST] {output} </s>
     labels      -100 for the prompt ........... and each token of the answer
 """
 import ast
 import contextlib
+import io
 import math
 import platform
 import re
@@ -36,8 +37,9 @@ def prompt_text(instruction: str, more: str = "") -> str:
 
 
 def encode(tokenizer: prepare.Tokenizer, prompt: str, output: str) -> tuple[list[int], int]:
-    """The ids of a sample, and how many of them are the prompt's: as many as it has alone, although
-    it is encoded together with the answer. `</s>` is always the answer's."""
+    """The ids of a sample, and how many of them are the prompt's. Prompt and answer are encoded
+    together, and the prompt's ids are as many as it has alone: a piece that ends the one and begins
+    the other, as "](" may be, is the prompt's. `</s>` is always the answer's."""
     ids = [tokenizer.bos_id(), *tokenizer.encode(prompt + output), tokenizer.eos_id()]
     return ids, min(1 + len(tokenizer.encode(prompt)), len(ids) - 1)
 
@@ -46,16 +48,12 @@ def encode(tokenizer: prepare.Tokenizer, prompt: str, output: str) -> tuple[list
 # Files
 
 
-def index_of(path: Path) -> Path:
-    return path.with_suffix(".samples.npy")
-
-
 def is_instructions(data: str | Path) -> bool:
     """Whether `data` is instructions, by what is in it: an index is beside a token file, or a first
     record has an "instruction". (A .json can be nothing else.)"""
     path = Path(data)
     if path.suffix == ".bin":
-        return index_of(path).is_file()
+        return prepare.index_of(path).is_file()
     if not path.is_file() or path.suffix not in (".json", ".jsonl"):
         return str(data) == QUESTIONS
     with contextlib.suppress(ValueError):  # whoever reads it will say so
@@ -96,13 +94,7 @@ def write_samples(files: list[Path], tokenizer: prepare.Tokenizer, out: Path) ->
                 yield ids, read
 
     prepare.write_tokens(samples(), files, tokenizer, out)
-    array = np.array(index, np.int64)
-
-    def save(partial: Path) -> None:
-        with open(partial, "wb") as sink:  # np.save would add a suffix
-            np.save(sink, array)
-
-    replace_file(index_of(out), save)
+    replace_file(prepare.index_of(out), np.array(index, np.int64).tofile)
     return len(index)
 
 
@@ -126,6 +118,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.places)
 
+    @staticmethod
+    def lost(*parts: "Samples") -> str:
+        """What does not fit of them, in words."""
+        cut, left_out = (sum(getattr(x, name) for x in parts) for name in ("cut", "left_out"))
+        return (f"prompts that lose their middle: {cut:,}; left out, as the answer alone does not "
+                f"fit: {left_out:,}")
+
     def some(self, tokens: int) -> "Samples":
         """As many, drawn at random but always the same, as have so many tokens together."""
         order = np.random.default_rng(0).permutation(len(self))
@@ -147,18 +146,13 @@ class Samples:
 def read_index(path: Path, tokens: np.ndarray) -> np.ndarray:
     """The `places` (N, 3) of the samples in a token file. Raises ValueError if its index is broken
     or another file's."""
-    try:
-        index = np.load(index_of(path), allow_pickle=False)
-        ends, prompts = index.T
-        starts = np.concatenate([[0], ends[:-1]])
-        whole = (index.dtype == np.int64 and ends[-1] == len(tokens) and (prompts > 0).all()
-                 and (starts + prompts < ends).all())
-    except (ValueError, TypeError, IndexError, EOFError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{index_of(path)} does not describe the samples in {path}: make both "
-                         "again by data/prepare.py (or, if that is no file of instructions, remove "
-                         "the index)")
+    index = np.fromfile(prepare.index_of(path), np.int64)
+    ends, prompts = index[:len(index) // 2 * 2].reshape(-1, 2).T
+    starts = np.append(0, ends[:-1])
+    if len(index) % 2 or not len(ends) or ends[-1] != len(tokens) or not (
+            (starts < ends) & (0 < prompts) & (prompts < ends - starts)).all():
+        raise ValueError(f"{prepare.index_of(path)} does not describe the samples in {path}: make "
+                         "both again by data/prepare.py")
     return np.stack([starts, prompts, ends - starts], axis=1)
 
 
@@ -169,14 +163,15 @@ def open_places(data: str, model_path: str | Path, vocab_size: int,
     if not is_instructions(data):
         if not path.exists():
             raise FileNotFoundError(f"{data}: no such file")
-        raise ValueError(f'{data}: no instructions; expected .json or .jsonl with "instruction" and '
-                         f'"output", a .bin that data/prepare.py made of it, or {QUESTIONS}')
+        raise ValueError(f'{data}: no instructions; expected .json or .jsonl with "instruction" '
+                         f'and "output", a .bin that data/prepare.py made of it, or {QUESTIONS}')
     if data == QUESTIONS:
         path = library_questions(model_path, split)
     if path.suffix != ".bin":
         tokenizer = prepare.load_tokenizer(model_path, vocab_size)
-        source, path, pieces = path, prepare.cached(path, [path], tokenizer), tokenizer.vocab_size()
-        if not index_of(path).exists():
+        source, pieces = path, tokenizer.vocab_size()
+        path = prepare.cached(f"{path.stem}-samples", [path], tokenizer)
+        if not prepare.index_of(path).exists():
             write_samples([source], tokenizer, path)
     tokens = prepare.map_tokens(path, pieces, vocab_size)
     return tokens, read_index(path, tokens)
@@ -203,8 +198,8 @@ def open_splits(data: str, model_path: str | Path, vocab_size: int, context: int
 # --------------------------------------------------------------------------------------------------
 # Questions about the standard library's files, from their syntax trees
 
-COUNTS = {"train": 4000, "valid": 200, "test": 400}
-LONGEST, FORM = 2048, 64  # tokens of a sample, of them for question, answer and marks
+COUNTS = {"train": 2000, "valid": 200, "test": 250}
+LONGEST, FORM = 1024, 64  # tokens of a sample, of them for question, answer and marks
 GUESSED = {"None", "True", "False", "0", "1", "''"}  # defaults so common that they could be guessed
 
 
@@ -216,10 +211,15 @@ class Fact(NamedTuple):
     others: list[int]  # lines that must not be there: they define the same name again
 
 
+def lines_of(source: str) -> list[str]:
+    """As Python counts them: str.splitlines would also split at form feeds."""
+    return list(io.StringIO(source))
+
+
 def facts(source: str) -> Iterator[Fact]:
     """What can be asked about a Python source, from its syntax tree: which class defines a method,
     what an argument's default is."""
-    functions, owners, lines = {}, {}, source.splitlines()
+    functions, owners, lines = {}, {}, lines_of(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
             owners |= dict.fromkeys(node.body, node)
@@ -245,16 +245,17 @@ def facts(source: str) -> Iterator[Fact]:
 def library_questions(tokenizer_path: str | Path, split: str) -> Path:
     """The instructions about the library's files in one split, as JSON, made at the first call and
     kept in data/tokens: an excerpt of a file and a question that it answers somewhere. Their
-    lengths are drawn evenly on a log scale, up to 2,048 tokens."""
+    lengths are drawn evenly on a log scale, up to 1,024 tokens."""
     tokenizer = prepare.load_tokenizer(tokenizer_path)
+    settings = prepare.short_hash(repr((COUNTS, LONGEST, FORM, sorted(GUESSED))).encode())
     out = (prepare.CACHE / f"stdlib-{platform.python_version()}-{tokenizer.key}" /
-           f"questions-{split}.json")
+           f"questions-{settings}-{split}.json")
     if out.exists():
         return out
     found, samples, rng = [], [], np.random.default_rng(0)
     for path in tqdm(prepare.library_files(split), desc=out.name, unit="file"):
         source = path.read_text(encoding="utf-8", errors="replace")
-        lines = source.splitlines(keepends=True)
+        lines = lines_of(source)
         ends = np.cumsum([0, *(len(tokenizer.encode(line)) for line in lines)])  # in tokens
         with contextlib.suppress(SyntaxError):  # some are meant to be broken
             found += [(lines, ends, fact) for fact in facts(source)]

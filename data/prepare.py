@@ -113,7 +113,7 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
 def documents(path: Path) -> Iterator[tuple[str | None, int]]:
     """The documents of a file in pieces, each with the characters read for it; None ends one.
 
-    Each line of a .jsonl is a document ("text"), every other file is one; that comes in pieces of
+    Each record of a .jsonl is a document ("text"), every other file is one; that comes in pieces of
     whole lines, about a megabyte each: a line must fit into memory.
     """
     if path.suffix != ".jsonl":
@@ -126,7 +126,8 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
     for place, record, read in records(path):
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f'{path}, {place}: expected an object with a "text" string')
+            raise ValueError(f'{path}, {place}: expected an object with a "text" string '
+                             "(or, throughout the file, instructions)")
         yield text.encode("utf-8", "replace").decode(), read  # JSON may hold half a pair
         yield None, 0
 
@@ -156,12 +157,11 @@ def json_at(path: Path, place: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        problem = getattr(error, "msg", error)  # without a position, which is one in a piece
-        raise ValueError(f"{path}, {place}: not JSON ({problem})") from None
+        raise ValueError(f"{path}, {place}: not JSON ({error})") from None
 
 
 def list_items(path: Path, file: TextIO) -> Iterator[tuple[str, object, int]]:
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
     text, at, number = "", 0, 0
 
     def peek() -> str:
@@ -187,8 +187,8 @@ def list_items(path: Path, file: TextIO) -> Iterator[tuple[str, object, int]]:
                     # Perhaps only the piece ends here: then what is wrong is at its end.
                     cut = "Unterminated" in error.msg or error.pos > len(text) - 16
                     piece = file.read(max(PIECE, len(text) - at)) if cut else ""
-                    if not piece:
-                        raise
+                    if not piece:  # without a position, which would be one in a piece
+                        raise ValueError(error.msg) from None
                     text, at = text[at:] + piece, 0
         yield f"record {number}", value, end - at
         at = end
@@ -301,10 +301,16 @@ def write_tokens(pieces: Iterable[tuple[list[int], int]], files: list[Path], tok
                 np.asarray(ids, dtype).tofile(sink)
                 count += len(ids)
                 bar.update(read)
+        index_of(out).unlink(missing_ok=True)  # of what was there
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     return count
+
+
+def index_of(path: Path) -> Path:
+    """Where the samples in a token file of instructions are: see data/instruct.py."""
+    return path.with_suffix(".samples")
 
 
 def write_texts(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
@@ -327,16 +333,16 @@ def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
     """The token file of a text or a folder of texts, made anew when they change and kept in
     data/tokens."""
     files, tokenizer = text_files([path]), load_tokenizer(tokenizer_path)
-    out = cached(path, files, tokenizer)
+    out = cached(Path(path).stem, files, tokenizer)
     if not out.exists():
         write_texts(files, tokenizer, out)
     return out
 
 
-def cached(path: str | Path, files: list[Path], tokenizer: Tokenizer) -> Path:
-    """Where the tokens of `files` are kept, as they are now, under the name of `path`."""
+def cached(name: str, files: list[Path], tokenizer: Tokenizer) -> Path:
+    """Where the tokens of `files`, as they are now, are kept under a name."""
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return CACHE / f"{Path(path).stem}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
+    return CACHE / f"{name}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
 
 
 def open_tokens(data: str, model_path: str, vocab_size: int,
@@ -553,10 +559,13 @@ def main() -> None:
         if not args.out or args.out.suffix != ".bin":
             parser.error("with texts, say where to write: --out FILE.bin")
         tokenizer, files = load_tokenizer(args.tokenizer), list(map(Path, args.texts))
-        if all(path.suffix != ".bin" and instruct.is_instructions(path) for path in files):
+        kinds = {path.suffix != ".bin" and instruct.is_instructions(path) for path in files}
+        if len(kinds) > 1:
+            raise ValueError("instructions and texts do not go into one token file")
+        if True in kinds:
             count = instruct.write_samples(files, tokenizer, args.out)
             print(f"{args.out}: {count:,} instructions; their places: "
-                  f"{instruct.index_of(args.out)}")
+                  f"{index_of(args.out)}")
         else:
             count = write_texts(text_files(files), tokenizer, args.out)
             print(f"{args.out}: {count:,} tokens")
