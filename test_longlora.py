@@ -1747,7 +1747,7 @@ BAD_RECORDS = {  # what a file has, and what the refusal names
 def test_a_broken_record_is_named_in_one_line(text, files, tmp_path, command):
     path = tmp_path / "data.json"
     path.write_text(text)
-    for words in (["train.py", "--model", "reader", "--data", path, "--out", tmp_path / "out"],
+    for words in (["train.py", "--rank", 2, "--model", "reader", "--data", path],
                   ["data/prepare.py", path, "--out", tmp_path / "out.bin"],
                   ["eval.py", "answers", "--model", "reader", "--data", path]):
         status, err = command(*words)
@@ -1771,8 +1771,8 @@ def test_an_index_that_is_broken_or_anothers_is_refused(tmp_path):
     np.arange(10, dtype=np.uint16).tofile(path)
     good = np.array([[4, 1], [10, 5]])
     for array in (good[:1], good + [[0, 4], [0, 0]], good - [[0, 1], [0, 0]], good[::-1],
-                  good[:, 0], good.astype(float), good[:0], good.flatten()[:3], good + [[0, 2**63 - 3], [0, 0]],
-                  good - [[2**63 - 3, 0], [0, 0]], np.arange(30), np.array(["PK", "\x93NUMPY"])):
+                  good[:, 0], good.astype(float), good[:0], good.flatten()[:3],
+                  good + [[0, 2**63 - 3], [0, 0]], good - [[2**63 - 3, 0], [0, 0]], np.arange(30), np.array(["PK", "\x93NUMPY"])):
         array.tofile(index)
         with pytest.raises(ValueError, match="x.samples does not describe"):
             instruct.open_samples(str(path), "", 64, 8)
@@ -2099,9 +2099,9 @@ def same_run(a, b, loss=1e-5, norm=1e-3):
 
 @pytest.mark.parametrize("processes, contexts, launchers, more", [
     (3, 1, 1, "--trainable full --checkpointing --offload"),
+    (4, 2, 1, "--checkpointing --quantize nf4"), (1, 2, 2, "--micro-batch 2"),
     (4, 2, 1, "--checkpointing --quantize nf4 --model reader --data questions.jsonl"),
-    (1, 2, 2, "--micro-batch 2"), (2, 1, 1, "--attention full --model reader --data "
-                                            "questions.jsonl --trainable full --offload")])
+    (2, 1, 1, "--trainable full --offload --model reader --data questions.jsonl --attention full")])
 def test_processes_give_what_one_gives(processes, contexts, launchers, more, files, tmp_path):
     """Over 10 steps of micro-batches, with rows that the processes cannot share evenly."""
     flags = ["--steps", 10, "--batch-size", 5, "--eval-every", 5, *more.split()]
