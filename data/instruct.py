@@ -198,8 +198,8 @@ def open_splits(data: str, model_path: str | Path, vocab_size: int, context: int
 # --------------------------------------------------------------------------------------------------
 # Questions about the standard library's files, from their syntax trees
 
-COUNTS = {"train": 2000, "valid": 200, "test": 250}
-LONGEST, FORM = 1024, 64  # tokens of a sample, of them for question, answer and marks
+COUNTS = {"train": 1800, "valid": 200, "test": 250}
+SHORTEST, LONGEST, FORM = 128, 1024, 64  # tokens; the last for question, answer and marks
 GUESSED = {"None", "True", "False", "0", "1", "''"}  # defaults so common that they could be guessed
 
 
@@ -245,9 +245,9 @@ def facts(source: str) -> Iterator[Fact]:
 def library_questions(tokenizer_path: str | Path, split: str) -> Path:
     """The instructions about the library's files in one split, as JSON, made at the first call and
     kept in data/tokens: an excerpt of a file and a question that it answers somewhere. Their
-    lengths are drawn evenly on a log scale, up to 1,024 tokens."""
+    lengths are drawn evenly on a log scale, 128 to 1,024 tokens."""
     tokenizer = prepare.load_tokenizer(tokenizer_path)
-    settings = prepare.short_hash(repr((COUNTS, LONGEST, FORM, sorted(GUESSED))).encode())
+    settings = prepare.short_hash(repr((COUNTS, SHORTEST, LONGEST, FORM, sorted(GUESSED))).encode())
     out = (prepare.CACHE / f"stdlib-{platform.python_version()}-{tokenizer.key}" /
            f"questions-{settings}-{split}.json")
     if out.exists():
@@ -261,7 +261,7 @@ def library_questions(tokenizer_path: str | Path, split: str) -> Path:
             found += [(lines, ends, fact) for fact in facts(source)]
     for i in np.concatenate([rng.permutation(len(found)) for _ in range(3)]):  # other excerpts
         lines, ends, (question, answer, first, last, others) = found[i]
-        room = round(math.exp(rng.uniform(math.log(256), math.log(LONGEST)))) - FORM
+        room = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST)))) - FORM
         earliest = np.searchsorted(ends, ends[last] - room)
         if earliest >= first:
             continue  # class and method are too far apart
