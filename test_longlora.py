@@ -1879,7 +1879,7 @@ def test_the_loss_of_a_step_is_that_of_its_samples_one_by_one(attention, group_s
 def test_answers_are_exact_where_greedy_text_is(files):
     """And their perplexity is that of their tokens; by powers of two of the length."""
     model = longlora.load_model(files / "reader")
-    plain, longest = questions(files).train, 0
+    plain = questions(files).train
     tokens, places = [], []
     for i in range(len(plain)):  # every third answer becomes what the model says
         ids, labels = plain[i]

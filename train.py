@@ -162,7 +162,7 @@ def resolve(run: Run, model: longlora.Llama) -> int:
         run.micro_batch = max(1, 2048 // max(1, run.context))
     for name, low, high in (
             ("context", 2, 1 << 31), ("group_size", 2, 1 << 31),
-            ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf), ("epochs", 1e-9, 1e9),
+            ("rank", 1, model.config.hidden_size), ("steps", 1, math.inf), ("epochs", 1e-3, 1e6),
             ("batch_size", 1, 1 << 31), ("micro_batch", 1, 1 << 31), ("lr", 0, 1e3),
             ("context_parallel", 1, 1 << 16), ("gpus", 1, 1 << 16), ("gpu_memory", 0, 1 << 20),
             ("warmup", 0, math.inf), ("decay", 0, 1), ("weight_decay", 0, 1e3),
