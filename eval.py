@@ -395,7 +395,9 @@ def run_answers(args: argparse.Namespace) -> list[dict]:
     model, dtype, team = load(args, args.context)
     with team.first_one_first():
         context = args.context or model.config.max_position_embeddings
-        samples = instruct.open_samples(args.data, args.model, model.config.vocab_size, context)
+        where = args.data, args.model, model.config.vocab_size, context
+        samples = (instruct.open_splits(*where)[2] if args.held_out else
+                   instruct.open_samples(*where))
     print0(f"{args.data}: {len(samples):,} samples at {context:,} tokens; {samples.lost(samples)}")
     if args.max_tokens:
         samples = samples.some(args.max_tokens)
@@ -537,6 +539,8 @@ def main() -> None:
                              "instructions, by tokens in a sample."))
     sub.add_argument("--data", default=instruct.QUESTIONS, help="instructions, as in train.py "
                      "(of stdlib-questions those about the test split's files)")
+    sub.add_argument("--held-out", action="store_true", help="of a file that train.py was given, "
+                     "those alone that it held out for its table")
     sub.add_argument("--context", type=positive, help="longest sample; of longer ones the prompt's "
                      "middle is left out (the model's window)")
     sub.add_argument("--max-tokens", type=positive, help="read only so many tokens")

@@ -1755,6 +1755,14 @@ def test_a_broken_record_is_named_in_one_line(text, files, tmp_path, command):
     assert os.listdir(tmp_path) == ["data.json"]
 
 
+def test_instructions_in_another_encoding_are_refused(files, tmp_path, command):
+    path, good = tmp_path / "data.jsonl", GOOD.encode() + b"\n"
+    for before in (0, 5000):
+        path.write_bytes(good * before + GOOD.replace("y", "Stra\xdfe").encode("latin-1"))
+        status, err = command("train.py", "--rank", 2, "--model", "reader", "--data", path)
+        assert refused(status, err) and re.search(r"data.jsonl: not UTF-8 (behind|at) ", err)
+
+
 def test_instructions_are_known_by_what_is_in_them(tmp_path):
     kinds = {"a.jsonl": ('{"text": "x"}', False), "b.jsonl": (GOOD, True), "c.json": ("5", True),
              "d": (f"[{GOOD}]", False), "e.txt": (GOOD, False), "f.bin": (GOOD, False),
@@ -1816,7 +1824,7 @@ def test_samples_are_split_over_processes_where_their_lengths_allow(contexts, gr
 
     teams = [Member(rank, contexts, contexts) for rank in range(contexts)]
     if not fits:
-        with pytest.raises(ValueError, match="groups of .* in a sample of .* tokens: .; take"):
+        with pytest.raises(ValueError, match="a sample has .* tokens, in groups of .* these are ."):
             questions(files, teams[0], group_size=group_size)
         return
     parts = [questions(files, one, group_size=group_size).step(0)[0] for one in teams]
@@ -1942,6 +1950,35 @@ def test_library_questions_are_answered_by_the_excerpt_alone_and_hold_out_files(
     splits = instruct.open_splits("stdlib-questions", ROOT / "data" / "tiny-llama", 2048, 2048)
     assert [(len(samples), samples.cut, samples.left_out) for samples in splits] == [
         (60, 0, 0), (30, 0, 0), (30, 0, 0)]
+
+
+@pytest.mark.parametrize("call", [3, 9, 12])  # of a layer, of two: while reading, while writing
+def test_an_answer_that_is_interrupted_stays_as_far_as_it_came(call, files, monkeypatch):
+    model, calls, asked = longlora.load_model(files / "reader"), [], iter(["Why?", "And then?"])
+    how = 9, torch.float32, 0, 1, 0
+    monkeypatch.setattr(chat, "PREFILL", 4)
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    def ask(_):
+        for text in asked:
+            return text
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ask)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    first, second = chat.talk(model, TOKENIZER, None, None, *how)
+    hook.remove()
+    prompt = [1, *TOKENIZER.encode("[INST]Why?[/INST]")]
+    answer = list(chat.generate(model, prompt, 9, torch.float32, {2}))[:first["tokens"]]
+    assert first["tokens"] == max(0, call - math.ceil(len(prompt) / 4))
+    prompt += [*answer, 2, *TOKENIZER.encode("[INST]And then?[/INST]")]
+    expected = list(chat.generate(model, prompt, 9, torch.float32, {2}))
+    assert second["prompt_tokens"] == len(prompt) and second["tokens"] == len(expected)
+    assert second["text"].strip() == TOKENIZER.decode(expected).strip()
 
 
 def test_facts_are_those_of_the_lines_that_python_counts():

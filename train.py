@@ -74,9 +74,9 @@ class Run:
     trainable: str = flag("lora,embed,norm", "LongLoRA",
                           "what trains: full, or some of lora, embed, norm")
     rank: int | None = flag(None, "LongLoRA", "LoRA's rank; alpha is twice the rank")
-    steps: int | None = flag(None, "optimization", "optimizer steps")
     epochs: float | None = flag(None, "optimization",
                                 "times that the data are read, instead of --steps")
+    steps: int | None = flag(None, "optimization", "optimizer steps")
     batch_size: int | None = flag(None, "optimization", "sequences a step, over all micro-steps")
     micro_batch: int | None = flag(None, "optimization",
                                    "sequences a micro-step (as many as make 2,048 tokens, or one)"

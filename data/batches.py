@@ -135,14 +135,14 @@ class Instructions:
     cannot split one.
     """
 
-    measures, next_commands = "answers", ("generate --chat",)
+    measures, next_commands = "answers", ("generate --file FILE --chat",)
 
     def __init__(self, run, config: longlora.LlamaConfig, team: Team, groups: int):
         with team.first_one_first():
             parts = instruct.open_splits(run.data, run.model, config.vocab_size, run.context)
-        self.train, self.valid, self.test = parts
-        self.valid = self.valid.some(max(HELD_OUT, run.context))
-        self.test = self.test.some(run.eval_tokens)
+        self.train, valid, test = parts
+        self.valid = valid.some(max(HELD_OUT, run.context))
+        self.test, self.held_out = test.some(run.eval_tokens), len(test)
         self.run, self.team, self.per_sample, self.samples = run, team, groups, len(self.train)
         self.groups = f"{run.group_size:,}" if run.group_size else f"1/{groups} of a sample"
         if not self.samples:
@@ -150,12 +150,13 @@ class Instructions:
         for name, part in (("eval_every", self.valid), ("eval_tokens", self.test)):
             if getattr(run, name) and not len(part):
                 name = "--" + name.replace("_", "-")
-                raise ValueError(f"--data {run.data}: one sample in twenty is held out for {name}, "
-                                 f"and none of them fits; give more samples or tokens, or {name} 0")
+                raise ValueError(f"--data {run.data}: every twentieth sample is held out for "
+                                 f"{name}, but of {sum(map(len, parts)):,} none that fits; give "
+                                 f"more samples or tokens, or {name} 0")
         for length in np.unique(self.train.lengths) if team.contexts > 1 else ():
             self.check_split(int(length))
-        print0(f"{run.data}: instructions, {self.samples:,} to train on at {run.context:,} tokens; "
-               f"{self.train.lost(*parts)}")
+        print0(f"{run.data}: instructions, {self.samples:,} to train on and {len(valid):,} + "
+               f"{len(test):,} held out, at {run.context:,} tokens; {self.train.lost(*parts)}")
 
     def group_size(self, length: int) -> int:
         return self.run.group_size or longlora.default_group_size(length, self.per_sample)
@@ -163,9 +164,9 @@ class Instructions:
     def check_split(self, length: int) -> None:
         G = self.group_size(length)
         if (groups := math.ceil(length / G)) < self.team.contexts:
-            raise ValueError(f"--context-parallel {self.team.contexts}: groups of {G:,} in a sample"
-                             f" of {length:,} tokens: {groups}; take fewer processes for a "
-                             "sequence, or a smaller --group-size")
+            raise ValueError(f"--context-parallel {self.team.contexts}: a sample has {length:,} "
+                             f"tokens, in groups of {G:,} these are {groups}; take fewer processes "
+                             "for a sequence, or a smaller --group-size")
 
     def order(self, first: int, last: int) -> np.ndarray:
         """Which samples are drawn first, first + 1, ..., last - 1."""
@@ -220,11 +221,12 @@ class Instructions:
         """The measurements of some models, by their names."""
         first = next(iter(rows.values()))
         lengths = [f"{row['tokens']:,}" if row["tokens"] else "all" for row in first]
-        lines = ["held-out answers, full attention, by tokens in a sample:",
-                 "up to".rjust(24) + "".join(f"{length:>10}" for length in lengths),
-                 "samples".rjust(24) + "".join(f"{row['samples']:10,}" for row in first)]
+        lines = [f"answers to {len(self.test):,} of {self.held_out:,} held-out samples, full "
+                 "attention, by tokens in a sample:",
+                 "up to".rjust(26) + "".join(f"{length:>10}" for length in lengths),
+                 "samples".rjust(26) + "".join(f"{row['samples']:10,}" for row in first)]
         for what in ("exact_match", "perplexity"):
-            lines += [f"{name}: {what.replace('_', ' ')}".rjust(24)
+            lines += [f"{name}: {what.replace('_', ' ')}".rjust(26)
                       + "".join(f"{row[what]:10.2f}" for row in found)
                       for name, found in rows.items()]
         return "\n".join(lines)

@@ -43,6 +43,16 @@ class Cache:
         return longlora.causal_attention(q, k, v)
 
 
+def fits(model: longlora.Llama, prompt: list[int]) -> None:
+    """Raises ValueError if nothing can be generated after `prompt`."""
+    window = model.config.max_position_embeddings
+    if len(prompt) >= window:
+        raise ValueError(f"the prompt has {len(prompt):,} tokens and the model reads {window:,} "
+                         "with its answer: shorten it, or extend the model")
+    if not prompt:
+        raise ValueError("the prompt is empty")
+
+
 @torch.no_grad()
 def generate(model: longlora.Llama, prompt: list[int], most: int, dtype: torch.dtype,
              stop: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -52,11 +62,7 @@ def generate(model: longlora.Llama, prompt: list[int], most: int, dtype: torch.d
     that together have a share `top_p`. A `cache` has the beginning of `prompt` as an earlier call
     has read it. Raises ValueError if the prompt does not fit the window."""
     device, window = model.lm_head.weight.device, model.config.max_position_embeddings
-    if len(prompt) >= window:
-        raise ValueError(f"the prompt has {len(prompt):,} tokens and the model reads {window:,} "
-                         "with its answer: shorten it, or extend the model")
-    if not prompt:
-        raise ValueError("the prompt is empty")
+    fits(model, prompt)
     random = torch.Generator().manual_seed(seed)
     cache = cache or Cache(model.config, device, dtype)
     cache.make_room(min(len(prompt) + most, window))
@@ -91,19 +97,26 @@ def write(model: longlora.Llama, tokenizer: Tokenizer, prompt: list[int], most: 
           dtype: torch.dtype, temperature: float, top_p: float, seed: int,
           cache: Cache | None = None) -> tuple[list[int], dict]:
     """Print what the model makes of `prompt`, as it comes; returns the ids, and what there is to
-    say: {"prompt_tokens", "tokens", "seconds", "text"}."""
+    say: {"prompt_tokens", "tokens", "seconds", "text"}. Ctrl-C ends the answer, of a conversation
+    alone (it has a `cache`)."""
     began, ids, whole, shown = time.perf_counter(), [], "", ""
     before = tokenizer.decode(prompt[-4:])  # the space before a first word shows only in company
-    for id in generate(model, prompt, most, dtype, stops(model, tokenizer), temperature, top_p,
-                       seed, cache):
-        ids.append(id)
-        whole = tokenizer.decode(prompt[-4:] + ids)[len(before):]
-        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
-            print(whole[len(shown):], end="", flush=True)
-            shown = whole
+    known = cache.length if cache else 0
+    try:
+        for id in generate(model, prompt, most, dtype, stops(model, tokenizer), temperature, top_p,
+                           seed, cache):
+            ids.append(id)
+            whole = tokenizer.decode(prompt[-4:] + ids)[len(before):]
+            if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a one: wait for the rest
+                print(whole[len(shown):], end="", flush=True)
+                shown = whole
+    except KeyboardInterrupt:
+        if not cache:
+            raise
+        cache.layer = 0  # what only some layers have read is read again
     print(whole[len(shown):])
     seconds = time.perf_counter() - began
-    print(f"{len(prompt):,} tokens read and {len(ids):,} written in {seconds:.1f} s",
+    print(f"{len(prompt) - known:,} tokens read and {len(ids):,} written in {seconds:.1f} s",
           file=sys.stderr)
     return ids, {"prompt_tokens": len(prompt), "tokens": len(ids), "seconds": seconds,
                  "text": whole}
@@ -115,7 +128,10 @@ def talk(model: longlora.Llama, tokenizer: Tokenizer, text: str | None, question
 
     Each turn has the form of a sample in training, behind the turns before it, with one BOS at the
     beginning. What was read is not read again. A turn that does not fit the window is left out.
+    Raises ValueError if not even `text` fits.
     """
+    if text is not None:
+        fits(model, [tokenizer.bos_id(), *tokenizer.encode(prompt_text(text, "?"))])
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, input() edits lines by it
     cache = Cache(model.config, model.lm_head.weight.device, dtype)
@@ -135,8 +151,6 @@ def talk(model: longlora.Llama, tokenizer: Tokenizer, text: str | None, question
             answer, row = write(model, tokenizer, ids + turn, most, dtype, temperature, top_p,
                                 seed + len(rows), cache)
         except ValueError as error:
-            if not rows:
-                raise  # not even the text fits
             print(f"{error} (left out)", file=sys.stderr)
             continue
         ids += [*turn, *answer, tokenizer.eos_id()]

@@ -57,7 +57,7 @@ def is_instructions(data: str | Path) -> bool:
     if not path.is_file() or path.suffix not in (".json", ".jsonl"):
         return str(data) == QUESTIONS
     with contextlib.suppress(ValueError):  # whoever reads it will say so
-        for _, record, _ in prepare.records(path):
+        for _, record, _ in prepare.records(path, errors="replace"):
             return isinstance(record, dict) and "instruction" in record or path.suffix == ".json"
     return path.suffix == ".json"
 
@@ -65,16 +65,21 @@ def is_instructions(data: str | Path) -> bool:
 def read_instructions(path: Path) -> Iterator[tuple[str, str, int]]:
     """Prompt, answer, and the characters read for them. Raises ValueError, naming the record."""
     place = None
-    for place, record, read in prepare.records(path):
-        if not isinstance(record, dict):
-            raise ValueError(f'{path}, {place}: expected an object with "instruction" and "output"'
-                             f", got {type(record).__name__}")
-        fields = {"input": "", **{k: v for k, v in record.items() if v is not None}}
-        for name in ("instruction", "input", "output"):
-            if not isinstance(fields.get(name), str):
-                got = type(fields[name]).__name__ if name in fields else "none"
-                raise ValueError(f'{path}, {place}: expected a text as "{name}", got {got}')
-        yield prompt_text(fields["instruction"], fields["input"]), fields["output"], read
+    try:
+        for place, record, read in prepare.records(path):
+            if not isinstance(record, dict):
+                raise ValueError(f'{path}, {place}: expected an object with "instruction" and '
+                                 f'"output", got {type(record).__name__}')
+            fields = {"input": "", **{k: v for k, v in record.items() if v is not None}}
+            for name in ("instruction", "input", "output"):
+                if not isinstance(fields.get(name), str):
+                    got = (type(fields[name]).__name__ if name in fields else
+                           f"none, but {', '.join(map(repr, record))[:100] or 'nothing'}")
+                    raise ValueError(f'{path}, {place}: expected a text as "{name}", got {got}')
+            yield prompt_text(fields["instruction"], fields["input"]), fields["output"], read
+    except UnicodeDecodeError as error:
+        where = f"behind {place}" if place else "at the beginning"
+        raise ValueError(f"{path}: not UTF-8 {where} ({error.reason})") from None
     if place is None:
         raise ValueError(f"{path}: no instructions in it")
 
@@ -122,8 +127,9 @@ class Samples:
     def lost(*parts: "Samples") -> str:
         """What does not fit of them, in words."""
         cut, left_out = (sum(getattr(x, name) for x in parts) for name in ("cut", "left_out"))
-        return (f"prompts that lose their middle: {cut:,}; left out, as the answer alone does not "
-                f"fit: {left_out:,}")
+        longest = max((int(x.places[:, 2].max()) for x in parts if len(x)), default=0)
+        return (f"the longest has {longest:,}; prompts that lose their middle: {cut:,}; left out, "
+                f"as the answer alone does not fit: {left_out:,}")
 
     def some(self, tokens: int) -> "Samples":
         """As many, drawn at random but always the same, as have so many tokens together."""

@@ -98,7 +98,8 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
             found = sorted(p for p in path.rglob("*")
                            if p.suffix in (".txt", ".jsonl") and p.is_file())
             if not found:
-                raise ValueError(f"{path}: no .txt or .jsonl file in this folder")
+                raise ValueError(f"{path}: no .txt or .jsonl file in this folder (instructions "
+                                 "are given as one file)")
             files += found
         elif not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
@@ -106,7 +107,7 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
             files.append(path)
         else:
             raise ValueError(f"{path}: not a text; expected .txt, .jsonl, a folder of them, "
-                             "a .bin token file, or instructions (.json)")
+                             "a .bin token file, or, where these are asked for, instructions")
     return files
 
 
@@ -123,11 +124,11 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
                 yield piece, len(piece)
         yield None, 0
         return
-    for place, record, read in records(path):
+    for place, record, read in records(path, errors="replace"):
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise ValueError(f'{path}, {place}: expected an object with a "text" string '
-                             "(or, throughout the file, instructions)")
+                             "(instructions are given as one file of nothing else)")
         yield text.encode("utf-8", "replace").decode(), read  # JSON may hold half a pair
         yield None, 0
 
@@ -135,11 +136,11 @@ def documents(path: Path) -> Iterator[tuple[str | None, int]]:
 PIECE = 1 << 20  # characters of a JSON list that are read at a time
 
 
-def records(path: Path) -> Iterator[tuple[str, object, int]]:
+def records(path: Path, errors: str = "strict") -> Iterator[tuple[str, object, int]]:
     """The values of a JSON list, or of JSON lines: the place of each ("record 3", "line 3"), the
     value, and the characters read for it. One at a time: the whole need not fit into memory. Raises
-    ValueError for what is not JSON, naming the place."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    ValueError for what is not JSON, naming the place, and (or what `errors` says) not UTF-8."""
+    with open(path, encoding="utf-8-sig", errors=errors) as file:
         start = file.read(1024).lstrip()[:1]  # not a line: a whole list may stand in one
         file.seek(0)
         if start == "[":
@@ -296,11 +297,13 @@ def write_tokens(pieces: Iterable[tuple[list[int], int]], files: list[Path], tok
     size = sum(path.stat().st_size for path in files)
     try:
         with (open(partial, "wb") as sink,
-              tqdm(total=size, unit="B", unit_scale=True, desc=out.name) as bar):
+              tqdm(total=size, unit="B", unit_scale=True, desc=out.name, leave=False) as bar):
             for ids, read in pieces:
                 np.asarray(ids, dtype).tofile(sink)
                 count += len(ids)
                 bar.update(read)
+        if not count:
+            raise ValueError(f"{', '.join(map(str, files[:3]))}: no text in it")
         index_of(out).unlink(missing_ok=True)  # of what was there
         os.replace(partial, out)
     finally:
