@@ -419,14 +419,16 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """Llama. Full attention is the default; S2-Attn is set by the call, never by `self.training`.
 
-    `model(tokens)` gives logits (B, T, V), or those of the tokens `logits_to_keep` alone;
-    `model(tokens, targets)` the mean loss over the targets that are not -100, where targets[b, t]
-    is the token that follows tokens[b, t], or with `mean=False` the loss of each (B, T), 0 where
-    the target is -100. With `group_size` attention is S2-Attn (`shift=False`: local groups). If the
-    tokens are a part of a longer sequence, `start` is the first one's position, and `before` as in
-    `shifted_sparse_attention`. Rows may be several sequences end to end, of `lengths` tokens each:
-    none sees another, each has its own positions, and `group_size` and `start` may be lists with
-    one for each. Raises ValueError if `lengths` do not add up to T.
+    `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss over the targets
+    that are not -100, where targets[b, t] is the token that follows tokens[b, t], or with
+    `mean=False` the loss of each (B, T), 0 where the target is -100. With `group_size` attention is
+    S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer sequence, `start` is
+    the first one's position, and `before` as in `shifted_sparse_attention`.
+
+    Rows may be several sequences end to end, of `lengths` tokens each: none sees another, each has
+    its own positions, and `group_size` and `start` may be lists with one for each. With
+    `logits_to_keep`, places (N,) in a row, logits or losses are of these alone, and so `targets`
+    (B, N) are. Raises ValueError if `lengths` do not add up to T.
 
     With `model.model.checkpointing = True` each layer is computed again in the backward pass
     instead of keeping its activations, but for its attention, or (`model.model.recompute_attention
@@ -445,10 +447,12 @@ class Llama(nn.Module):
                 group_size: int | list[int] | None = None, shift: bool = True,
                 start: int | list[int] = 0, before: Before | None = None, mean: bool = True,
                 lengths: list[int] | None = None,
-                logits_to_keep: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+                logits_to_keep: torch.Tensor | None = None) -> torch.Tensor:
         x = self.model(tokens, group_size, shift, start, before, lengths)
+        if logits_to_keep is not None:
+            x = x[:, logits_to_keep]  # the head is not for the others
         if targets is None:
-            return self.lm_head(x[:, logits_to_keep])
+            return self.lm_head(x)
         return chunked_loss(x, self.lm_head.weight, targets, mean)
 
     def extend(self, context: int) -> None:

@@ -252,9 +252,17 @@ def test_sequences_end_to_end_in_a_row_are_sequences_alone(name):
 
 
 def test_logits_of_the_tokens_that_are_asked_for():
-    model, logits = tiny(), tiny()(TOKENS)
-    for keep in (slice(-3, -1), torch.tensor([0, 9, 4])):
-        torch.testing.assert_close(model(TOKENS, logits_to_keep=keep), logits[:, keep])
+    """And losses; of none of them the loss is 0, and there is a gradient."""
+    for trainable in ("embed,norm", "full"):
+        longlora.set_trainable(model := tiny(), trainable)
+        logits = model(TOKENS)
+        for places in ([0, 9, 4], []):
+            keep = torch.tensor(places, dtype=torch.int64)
+            torch.testing.assert_close(model(TOKENS, logits_to_keep=keep), logits[:, keep])
+            loss = model(TOKENS, TOKENS[:, keep], logits_to_keep=keep)
+            others = torch.full_like(TOKENS, -100).index_copy(1, keep, TOKENS[:, keep])
+            torch.testing.assert_close(loss, model(TOKENS, others))
+            loss.backward()
 
 
 class Recorder(TorchDispatchMode):

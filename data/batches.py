@@ -21,7 +21,7 @@ HELD_OUT = 32768  # tokens of what --eval-every measures
 
 class MicroStep(NamedTuple):
     tokens: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T), -100: not scored
+    targets: torch.Tensor  # (B, T), or of the tokens that are scored
     how: dict  # what else the model is told
 
 
@@ -196,13 +196,14 @@ class Instructions:
             targets.append(np.append(labels[1:], -100)[part])  # what follows each token
             lengths.append(len(tokens[-1]))
             starts.append(part.start)
-        how = {"lengths": lengths}
+        tokens, targets = (torch.from_numpy(np.concatenate(x)) for x in (tokens, targets))
+        scored = (targets != -100).nonzero()[:, 0]
+        how = {"lengths": lengths, "logits_to_keep": scored}
         if self.run.attention != "full":
             how |= {"group_size": groups, "shift": self.run.attention == "shifted"}
         if self.team.contexts > 1:
             how |= {"start": starts, "before": self.team.before}
-        return MicroStep(*(torch.from_numpy(np.concatenate(x))[None] for x in (tokens, targets)),
-                         how)
+        return MicroStep(tokens[None], targets[None, scored], how)
 
     def tokens_until(self, step: int) -> int:
         """How many are read in the steps before `step`."""
