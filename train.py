@@ -108,7 +108,7 @@ class Run:
     out: str = flag("out", "output", "folder for the adapter or model, log.jsonl and results.json")
     eval_every: int = flag(0, "output", "steps between held-out losses (0: none)")
     eval_tokens: int | None = flag(None, "output", "held-out tokens for the table at the end; 0: "
-                                   "none (32,768; of instructions 64 times --context)")
+                                   "none (32,768; of instructions 128 times --context)")
     save_every: int = flag(100, "output", "steps between saves (0: none)")
     resume: bool = flag(False, "output", "continue the run in --out")
     overwrite: bool = flag(False, "output", "replace the run in --out")
@@ -152,7 +152,7 @@ def resolve(run: Run, model: longlora.Llama) -> int:
     if run.context is None:
         run.context = model.config.max_position_embeddings * (1 if instructions else 8)
     if run.eval_tokens is None:
-        run.eval_tokens = 64 * run.context if instructions else 32768
+        run.eval_tokens = 128 * run.context if instructions else 32768
     if run.passkey is None:
         library = run.data in ("stdlib", "stdlib+tests")
         run.passkey = 0.1 if library and run.context >= prepare.PASSKEY_TOKENS else 0.0
