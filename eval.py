@@ -18,7 +18,6 @@ Perplexity is over windows of L tokens, by one of two protocols:
   scored, and the loss is the mean of the windows' means. The paper's figure (Section 4.2).
 """
 import argparse
-import json
 import math
 import os
 import sys
@@ -249,19 +248,13 @@ def read_topic_cases(path: Path) -> list[dict]:
     """LongChat's test cases: a JSON object a line, with a `prompt` and its `topics`, the one asked
     for first. Raises FileNotFoundError, ValueError."""
     cases = []
-    for number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            case = json.loads(line)
-            if not (isinstance(case["prompt"], str) and isinstance(case["topics"], list)
-                    and case["topics"]
-                    and all(isinstance(topic, str) for topic in case["topics"])):
-                raise ValueError("prompt and topics are not texts")
-            cases.append(case)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f'{path}, line {number}: expected a JSON object with "prompt" and '
-                             f'"topics" ({error})') from None
+    for place, case, _ in prepare.records(path, errors="replace"):
+        topics = case.get("topics") if isinstance(case, dict) else None
+        if not (isinstance(topics, list) and topics and isinstance(case.get("prompt"), str)
+                and all(isinstance(topic, str) for topic in topics)):
+            raise ValueError(f'{path}, {place}: expected an object with a text as "prompt" and '
+                             'texts as "topics"')
+        cases.append(case)
     if not cases:
         raise ValueError(f"{path}: no test cases")
     return cases
@@ -398,7 +391,8 @@ def run_answers(args: argparse.Namespace) -> list[dict]:
         where = args.data, args.model, model.config.vocab_size, context
         samples = (instruct.open_splits(*where)[2] if args.held_out else
                    instruct.open_samples(*where))
-    print0(f"{args.data}: {len(samples):,} samples at {context:,} tokens; {samples.lost(samples)}")
+    print0(f"{args.data}: {len(samples):,} samples at {context:,} tokens; "
+           f"{instruct.lost([samples])}")
     if args.max_tokens:
         samples = samples.some(args.max_tokens)
     if not len(samples):

@@ -153,20 +153,17 @@ class Instructions:
                 raise ValueError(f"--data {run.data}: every twentieth sample is held out for "
                                  f"{name}, but of {sum(map(len, parts)):,} none that fits; give "
                                  f"more samples or tokens, or {name} 0")
-        for length in np.unique(self.train.lengths) if team.contexts > 1 else ():
-            self.check_split(int(length))
+        for length in map(int, np.unique(self.train.lengths)):
+            G = self.group_size(length)
+            if (n := math.ceil(length / G)) < team.contexts:
+                raise ValueError(f"--context-parallel {team.contexts}: a sample has {length:,} "
+                                 f"tokens, in groups of {G:,} these are {n}; take fewer processes "
+                                 "for a sequence, or a smaller --group-size")
         print0(f"{run.data}: instructions, {self.samples:,} to train on and {len(valid):,} + "
-               f"{len(test):,} held out, at {run.context:,} tokens; {self.train.lost(*parts)}")
+               f"{len(test):,} held out, at {run.context:,} tokens; {instruct.lost(parts)}")
 
     def group_size(self, length: int) -> int:
         return self.run.group_size or longlora.default_group_size(length, self.per_sample)
-
-    def check_split(self, length: int) -> None:
-        G = self.group_size(length)
-        if (groups := math.ceil(length / G)) < self.team.contexts:
-            raise ValueError(f"--context-parallel {self.team.contexts}: a sample has {length:,} "
-                             f"tokens, in groups of {G:,} these are {groups}; take fewer processes "
-                             "for a sequence, or a smaller --group-size")
 
     def order(self, first: int, last: int) -> np.ndarray:
         """Which samples are drawn first, first + 1, ..., last - 1."""

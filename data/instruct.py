@@ -123,14 +123,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.places)
 
-    @staticmethod
-    def lost(*parts: "Samples") -> str:
-        """What does not fit of them, in words."""
-        cut, left_out = (sum(getattr(x, name) for x in parts) for name in ("cut", "left_out"))
-        longest = max((int(x.places[:, 2].max()) for x in parts if len(x)), default=0)
-        return (f"the longest has {longest:,}; prompts that lose their middle: {cut:,}; left out, "
-                f"as the answer alone does not fit: {left_out:,}")
-
     def some(self, tokens: int) -> "Samples":
         """As many, drawn at random but always the same, as have so many tokens together."""
         order = np.random.default_rng(0).permutation(len(self))
@@ -147,6 +139,14 @@ class Samples:
         labels = ids.copy()
         labels[:prompt] = -100
         return ids, labels
+
+
+def lost(parts: list[Samples]) -> str:
+    """What of some samples does not fit, in words."""
+    cut, left_out = (sum(getattr(x, name) for x in parts) for name in ("cut", "left_out"))
+    longest = max((int(x.places[:, 2].max()) for x in parts if len(x)), default=0)
+    return (f"the longest has {longest:,}; prompts that lose their middle: {cut:,}; left out, as "
+            f"the answer alone does not fit: {left_out:,}")
 
 
 def read_index(path: Path, tokens: np.ndarray) -> np.ndarray:
@@ -263,7 +263,7 @@ def library_questions(tokenizer_path: str | Path, split: str) -> Path:
         source = path.read_text(encoding="utf-8", errors="replace")
         lines = lines_of(source)
         ends = np.cumsum([0, *(len(tokenizer.encode(line)) for line in lines)])  # in tokens
-        with contextlib.suppress(SyntaxError):  # some are meant to be broken
+        with contextlib.suppress(SyntaxError, ValueError):  # some are meant to be broken
             found += [(lines, ends, fact) for fact in facts(source)]
     for i in np.concatenate([rng.permutation(len(found)) for _ in range(3)]):  # other excerpts
         lines, ends, (question, answer, first, last, others) = found[i]
