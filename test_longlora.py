@@ -329,7 +329,7 @@ def test_memory_savers_change_no_gradient(trainable, monkeypatch):
 def test_offloaded_activations_come_back_from_buffers_that_are_used_again(monkeypatch):
     """As many as the first step takes, also where later ones are shorter or longer."""
     monkeypatch.setattr(team.HostMemory, "SMALL", 1)
-    model, host, count = lora_model(), team.HostMemory(), set()
+    model, host, count, buffers = lora_model(), team.HostMemory(), set(), []
     model.model.checkpointing = model.model.recompute_attention = True
     for T in (16, 16, 9, 33, 12, 40):
         results = []
@@ -341,6 +341,8 @@ def test_offloaded_activations_come_back_from_buffers_that_are_used_again(monkey
             results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
         torch.testing.assert_close(*results, rtol=0, atol=0)
         count.add(len(host.free))
+        buffers.append(sorted(x.data_ptr() for x in host.free))
+    assert buffers[0] == buffers[1] == buffers[2] != buffers[3]  # what is no longer fits
     assert len(count) == 1 and min(count) > 2
     assert host.free == sorted(host.free, key=len) and len(host.free[-1]) >= 2 * 40 * 32 * 4
 
@@ -1457,9 +1459,10 @@ def command(files, monkeypatch, capfd):
 
 
 def refused(status, err):
-    """Exit status 2 and one line, no traceback; argparse puts its usage before the line, and texts
-    that were encoded their bar."""
-    lines = [line for line in err.splitlines() if not re.match("usage:|  |.*B/s]$|$", line)]
+    """Exit status 2 and one line, no traceback; argparse puts its usage before the line. Of a bar a
+    terminal shows what stands behind the last carriage return: nothing, when it is gone."""
+    lines = [line.rpartition("\r")[2] for line in err.removesuffix("\n").split("\n")]
+    lines = [line for line in lines if not re.match("usage:|  ", line)]
     return status == 2 and len(lines) == 1 and ": error: " in lines[0]
 
 
@@ -1627,6 +1630,7 @@ BAD_INPUT = {
     "data/prepare.py": """nowhere.txt --out x.bin | tokens.bin --out x.bin | model --out x.bin
         | tokens.bin | questions.jsonl | questions.jsonl tokens.bin --out x.bin
         | questions.jsonl nowhere.json --out x.bin | --tokenizer nowhere
+        | questions.jsonl --questions --out x.bin
         | --tokenizer tokens.bin""",
 }
 

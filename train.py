@@ -357,7 +357,7 @@ def main(run: Run) -> None:
     data = (Instructions(run, model.config, team, groups) if is_instructions(run.data) else
             Corpus(run, model.config, team))
     if run.steps is None:
-        run.steps = math.ceil(round(run.epochs * data.samples / run.batch_size, 6))
+        run.steps = max(1, math.ceil(round(run.epochs * data.samples / run.batch_size, 6)))
     state = find_state(run, data.measures, team) if run.resume else None
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -415,7 +415,7 @@ def main(run: Run) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    held_out = ""
+    held_out, tokens = "", data.tokens_until(first)
     log_file = out / "log.jsonl" if main_process else os.devnull
     with (open(log_file, "a", encoding="utf-8") as log,
           tqdm(total=run.steps, initial=first, unit="step", disable=not main_process) as bar):
@@ -432,8 +432,8 @@ def main(run: Run) -> None:
                          f"{norm}; {out} {kept}. Try a lower --lr than {run.lr:g}, or "
                          "--dtype float32" if main_process else 1)
             seconds = time.perf_counter() - began
-            tokens = data.tokens_until(step + 1)
-            tokens_per_s = (tokens - data.tokens_until(step)) / seconds
+            before, tokens = tokens, data.tokens_until(step + 1)
+            tokens_per_s = (tokens - before) / seconds
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
                     "tokens": tokens, "tokens_per_s": tokens_per_s,

@@ -280,13 +280,6 @@ def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def encoded(files: Iterable[Path], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """The ids of texts in pieces, `</s>` behind each document, and the characters read for them."""
-    for path in files:
-        for text, read in documents(path):
-            yield [tokenizer.eos_id()] if text is None else tokenizer.encode(text), read
-
-
 def write_tokens(pieces: Iterable[tuple[list[int], int]], files: list[Path], tokenizer: Tokenizer,
                  out: Path) -> int:
     """Write the token file `out` from `pieces`, ids and the characters that were read of `files`
@@ -317,8 +310,11 @@ def index_of(path: Path) -> Path:
 
 
 def write_texts(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
-    """Encode texts into the token file `out`; returns the number of tokens."""
-    return write_tokens(encoded(files, tokenizer), files, tokenizer, out)
+    """Encode texts into the token file `out`, `</s>` behind each document; returns the number of
+    tokens."""
+    pieces = (([tokenizer.eos_id()] if text is None else tokenizer.encode(text), read)
+              for path in files for text, read in documents(path))
+    return write_tokens(pieces, files, tokenizer, out)
 
 
 def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) -> Path:
@@ -559,6 +555,8 @@ def main() -> None:
     args.tokenizer = args.tokenizer or HERE / "tiny-llama" / "tokenizer.model"
     from data import instruct
     if args.texts:
+        if args.questions or args.tests:
+            parser.error("--questions and --tests are of the standard library: name no texts")
         if not args.out or args.out.suffix != ".bin":
             parser.error("with texts, say where to write: --out FILE.bin")
         tokenizer, files = load_tokenizer(args.tokenizer), list(map(Path, args.texts))
