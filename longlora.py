@@ -2,14 +2,15 @@
 
 The paper is Chen et al., ICLR 2024 (arXiv 2309.12307). Three ideas, in the order of this file:
 
-1. Position interpolation (Section 3.1, after Chen et al. 2023): to read T tokens with a model that
-   was pretrained on fewer, rotate queries and keys by position / factor, so that no angle is seen
-   that pretraining did not see.
+1. Position interpolation (Section 4.1, after Chen et al. 2023): to read T tokens with a model that
+   was pretrained on fewer, rotate queries and keys by position / factor. No rotation angle then
+   lies outside the range of pretraining.
 2. Shifted sparse attention, S2-Attn (Section 3.2): in training only, attend inside groups of G
-   tokens. In half of the heads the groups are shifted by G/2, so information still flows between
-   neighbouring groups. Cost grows with T * G, not T * T.
-3. LoRA+ (Section 3.3): LoRA on the attention projections, and the embedding and all norms trained
-   too. They are 2% of the parameters and close the gap to full fine-tuning.
+   tokens. In half of the heads the groups are shifted by G/2, so that information flows between
+   neighbouring groups. The cost grows with T * G instead of T * T.
+3. LoRA+, as the paper calls it (Section 3.3): LoRA on the attention projections, and a trainable
+   embedding and norms beside it. They are 2% of the parameters and close the gap to full
+   fine-tuning.
 
 At inference the model is an ordinary Llama with full attention.
 
@@ -17,12 +18,21 @@ Letters: B batch, T tokens, C width (hidden_size), H heads, D head size, G group
 Weights and config fields have Hugging Face's names, so that files load without a table of names.
 """
 import argparse
+import contextlib
+import ctypes
 import dataclasses
+import functools
+import json
 import math
+import mmap
 import os
+import pickle
+import re
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -33,29 +43,17 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.formats import (read_adapter, read_config, read_json, read_model, replace_file,
-                          write_json, write_safetensors)
-from data.nf4 import NF4Linear
-from data.recompute import ChunkedNorm, ChunkedRotation, RecomputedBlock
-
 # --------------------------------------------------------------------------------------------------
-# The model's shape
-
-
-# The numbers of each `rope_scaling` that the model knows.
-ROPE_SCALINGS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+# Config
 
 
 @dataclasses.dataclass
 class LlamaConfig:
-    """Hugging Face's `LlamaConfig`, as far as this model goes. The defaults are Llama-2-7B's.
+    """Hugging Face's `LlamaConfig`; the defaults are Llama-2-7B's. Raises ValueError on bad sizes.
 
     `max_position_embeddings` is the window in tokens. `rope_scaling` is None, {"rope_type":
-    "linear", "factor": f}, or Llama 3's own ("llama3"). `sliding_window` is a Mistral's: up to so
-    many tokens it is a Llama. Raises ValueError on sizes that do not fit.
+    "linear", "factor": f}, or Llama 3's own ("llama3"). `sliding_window` is Mistral's: within this
+    many tokens it behaves like Llama.
     """
 
     vocab_size: int = 32000
@@ -63,7 +61,7 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as there are heads
+    num_key_value_heads: int | None = None  # None: num_attention_heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
@@ -77,83 +75,82 @@ class LlamaConfig:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        for name in sizes:
+        for name, limit in SIZE_LIMITS.items():
             value = getattr(self, name)
-            most = 1000 if name == "num_hidden_layers" else 1 << 31
-            if type(value) is not int or not 1 <= value < most:
-                raise ValueError(f"config: {name} must be a positive integer below {most}, "
-                                 f"got {value!r}")
-        H, H_kv = self.num_attention_heads, self.num_key_value_heads
-        if H % H_kv:
-            raise ValueError(f"config: num_attention_heads ({H}) must be a multiple of "
-                             f"num_key_value_heads ({H_kv})")
+            require(type(value) is int and 0 < value < limit,
+                    f"{name} must be a whole number from 1 to {limit:,}, got {value!r}")
+        C, H, H_kv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        require(H % H_kv == 0, f"num_attention_heads ({H}) must be a multiple of "
+                f"num_key_value_heads ({H_kv})")
         if self.head_dim is None:
-            if self.hidden_size % H:
-                raise ValueError(f"config: hidden_size ({self.hidden_size}) must be a multiple of "
-                                 f"num_attention_heads ({H}), or head_dim be given")
-            self.head_dim = self.hidden_size // H
-        D = self.head_dim
-        if type(D) is not int or D < 2 or D % 2:
-            raise ValueError(f"config: head_dim must be even (rotary pairs), got {self.head_dim!r}")
-        if max(H * D, self.hidden_size, self.intermediate_size) >= 1 << 24:
-            raise ValueError(f"config: hidden_size {self.hidden_size}, intermediate_size "
-                             f"{self.intermediate_size} or {H} heads of {D} are no model's")
+            require(C % H == 0, f"hidden_size ({C}) must be a multiple of num_attention_heads "
+                    f"({H}), or head_dim be given")
+            self.head_dim = C // H
+        require(type(self.head_dim) is int and self.head_dim in range(2, 4097, 2),
+                f"head_dim must be even (rotary pairs), at most 4,096, got {self.head_dim!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < 1e30:
-                raise ValueError(f"config: {name} must be a positive number, got {value!r}")
-        for name in ("bos_token_id", "eos_token_id"):  # Llama 3 has several of the latter
-            value = getattr(self, name)
-            ids = value if isinstance(value, list) else [value]
-            if not all(id is None or type(id) is int and abs(id) < 1 << 31 for id in ids):
-                raise ValueError(f"config: {name} must be a token id, a list of them or null")
-        if type(self.tie_word_embeddings) is not bool:
-            raise ValueError("config: tie_word_embeddings must be true or false, "
-                             f"got {self.tie_word_embeddings!r}")
+            require(is_positive(value), f"{name} must be a positive number, got {value!r}")
+        require(type(self.tie_word_embeddings) is bool, "tie_word_embeddings must be true or "
+                f"false, got {self.tie_word_embeddings!r}")
         if self.rope_scaling is not None:
-            self.rope_scaling = self.checked_scaling(self.rope_scaling)
-
-    @staticmethod
-    def checked_scaling(scaling: dict) -> dict:
-        """`rope_scaling` in its newer spelling (`rope_type`, not `type`). Raises ValueError."""
-        scaling = scaling if isinstance(scaling, dict) else {"rope_type": scaling}
-        kind = scaling.get("rope_type", scaling.get("type"))
-        names = ROPE_SCALINGS.get(kind, ()) if isinstance(kind, str) else ()
-        values = [scaling.get(name) for name in names]
-        if (not names or not all(type(v) in (int, float) and 0 < v < 1e30 for v in values)
-                or values[0] < 1 or kind == "llama3" and values[1] >= values[2]):
-            raise ValueError('config: rope_scaling must be {"rope_type": "linear", "factor": at '
-                             f'least 1}}, Llama 3\'s ("llama3"), or null, got {scaling!r}')
-        return {"rope_type": kind, **dict(zip(names, values)), "factor": float(values[0])}
+            self.rope_scaling = checked_rope_scaling(self.rope_scaling)
 
     @property
     def interpolation_factor(self) -> float:
-        """How much positions are compressed: the linear factor of `rope_scaling`, 1 without it."""
+        """Positions are divided by this: the linear factor of `rope_scaling`, 1 without it."""
         linear = self.rope_scaling and self.rope_scaling["rope_type"] == "linear"
         return self.rope_scaling["factor"] if linear else 1.0
 
     def extended(self, context: int) -> "LlamaConfig":
-        """This config with a window of `context` tokens, by position interpolation (Section 3.1).
+        """This config with a window of `context` tokens, by position interpolation (Section 4.1).
 
-        The factor is ceil(context / window), times the factor that the model already has. No change
-        if it fits already. Raises ValueError beyond a sliding window, and for Llama 3's own
-        scaling: nobody could read a file that has both.
+        The factor is ceil(context / window), times the factor that the model already has. A context
+        within the window changes nothing. Raises ValueError beyond a sliding window, and for Llama
+        3's own scaling.
         """
-        reach = self.sliding_window
-        if reach is not None and not (type(reach) is int and context <= reach):
-            raise ValueError(f"sliding_window {reach!r} is shorter than a context of {context}, "
-                             "and beyond it this is no plain Llama; ask for less")
+        if self.sliding_window is not None and context > self.sliding_window:
+            raise ValueError(f"the model's sliding_window of {self.sliding_window} tokens is "
+                             f"shorter than a context of {context}: ask for a shorter context")
         if context <= self.max_position_embeddings:
             return self
         if self.rope_scaling and self.rope_scaling["rope_type"] == "llama3":
-            raise ValueError(f"this model's positions are scaled already (llama3): it reads "
-                             f"{self.max_position_embeddings} tokens and cannot be interpolated "
-                             f"to {context}, because no config has words for both")
+            raise ValueError(f"this model reads {self.max_position_embeddings} tokens and cannot "
+                             f"be interpolated to {context}: its positions are scaled by the "
+                             "llama3 rule, and config.json cannot express both scalings")
         factor = math.ceil(context / self.max_position_embeddings) * self.interpolation_factor
         scaling = {"rope_type": "linear", "factor": factor}
         return dataclasses.replace(self, max_position_embeddings=context, rope_scaling=scaling)
+
+
+SIZE_LIMITS = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 24,
+               "num_hidden_layers": 1000, "num_attention_heads": 1 << 12,
+               "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 31}
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"config: {message}")
+
+
+def is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+def checked_rope_scaling(scaling: dict) -> dict:
+    """`rope_scaling` in its newer spelling (`rope_type`, not `type`). Raises ValueError."""
+    values = scaling if isinstance(scaling, dict) else {}
+    kind = str(values.get("rope_type", values.get("type")))
+    values = {name: values.get(name) for name in ROPE_FIELDS.get(kind, ())}
+    require(values and all(map(is_positive, values.values())) and values["factor"] >= 1 and (
+            kind == "linear" or values["low_freq_factor"] < values["high_freq_factor"]),
+            'rope_scaling must be {"rope_type": "linear", "factor": at least 1}, Llama 3\'s '
+            f'("llama3"), or null, got {scaling!r}')
+    return {"rope_type": kind, **values, "factor": float(values["factor"])}
 
 
 def default_group_size(context: int, groups: int = 4) -> int:
@@ -162,32 +159,34 @@ def default_group_size(context: int, groups: int = 4) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Norm and rotary positions
+# Norm and rotary embedding
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The statistics in float32, the result in the residual stream's dtype.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return ChunkedNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one kernel
+        # Computed in float32, returned in the dtype of the residual stream. Without the switch,
+        # CUDA's autocast would return float32, and everything after it would take twice the memory.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_tables(config: LlamaConfig,
-                  positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles at `positions` (T,), both (T, 1, D/2), float32 (Section 3.1).
+def rotary_embedding(config: LlamaConfig,
+                     positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotation angles at `positions` (T,), both (T, 1, D/2), float32.
 
-    Interpolation happens here and nowhere else: positions are divided by the factor. float32
-    always: in bf16 the positions 257 and 258 are the same number.
+    Position interpolation (Section 4.1) happens here and nowhere else: positions are divided by the
+    factor. Always in float32: in bfloat16 the positions 257 and 258 are the same number.
     """
     D, scaling = config.head_dim, config.rope_scaling
-    even = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-even / D)
+    pair = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-pair / D)  # radians a token: fast pairs first
     if scaling and scaling["rope_type"] == "llama3":
         # Llama 3.1 divides slow pairs by the factor, leaves fast ones, and blends in between.
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -198,121 +197,104 @@ def rotary_tables(config: LlamaConfig,
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, T, H, D) by its positions. Pairs are halves (i, i + D/2), not neighbours
-    (2i, 2i + 1) as in Meta's files: a wrong pairing silently ruins loaded weights."""
-    if not torch.compiler.is_compiling():
-        return ChunkedRotation.apply(x, cos, sin)
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, T, H, D) by its positions, in float32.
+
+    NOTE: pairs are halves (i, i + D/2), not neighbours (2i, 2i + 1) as in Meta's files. The wrong
+    pairing raises no error and ruins loaded weights.
+    """
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention
-
-
-Before = Callable[[torch.Tensor, int], torch.Tensor]
+# Shifted sparse attention (S2-Attn)
 
 
 def shifted_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group_size: int,
-                             shift: bool = True, before: Before | None = None) -> torch.Tensor:
-    """S2-Attn (Section 3.2, Figure 3): causal attention inside groups, shifted by half a group in
-    half of the heads.
+                             shift: bool = True, halo: Callable | None = None) -> torch.Tensor:
+    """S2-Attn (Section 3.2, Figure 3): causal attention inside groups of G tokens; in half of the
+    heads the groups are shifted by G/2.
 
-    q is (B, H, T, D); k and v are (B, H_kv, T, D); returns (B, H, T, D). Query t sees key u iff
-    u <= t and both lie in the same group, t // G in the first half of the heads, (t + G/2) // G in
-    the second. With `shift=False` all heads are as the first half (the paper's ablation, Table 6).
-    T need not be a multiple of G. Where the T tokens are a part of a longer sequence that starts
-    with whole groups, `before(x, G/2)` puts in front of a shifted key or value (B, h, T, D) those
-    of the G/2 tokens before it, if there are any. Raises ValueError if G or H is odd.
+    q (B, T, H, D), k and v (B, T, H_kv, D); returns (B, T, H, D). Any T will do. `shift=False`
+    gives local groups in all heads (the paper's ablation, Table 6). Raises ValueError if G or H is
+    odd.
 
-        T = 8, G = 4   heads of the first half       heads of the second half
+        T = 8, G = 4   first half of the heads       second half: shifted by G/2
                        keys 0 1 2 3 4 5 6 7          keys 0 1 2 3 4 5 6 7
             query 0         #                             #
                   1         # #                           # #
-                  2         # # #                             #             a group of G/2 opens,
-                  3         # # # #                           # #           so nothing wraps around
-                  4                 #                         # # #         and no query sees
-                  5                 # #                       # # # #       the future
+                  2         # # #                             #             starts with a group of
+                  3         # # # #                           # #           G/2, so that no query
+                  4                 #                         # # #         sees the future
+                  5                 # #                       # # # #
                   6                 # # #                             #
                   7                 # # # #                           # #
+
+    The official code rolls the tokens around instead: its first G/2 tokens attend to the last G/2.
+
+    If the T tokens are one part of a longer sequence (context parallelism), `halo(x, n)` prepends
+    the n tokens before them to a shifted key or value, if there are any.
     """
-    H, H_kv, G = q.shape[1], k.shape[1], group_size
+    H, G = q.shape[2], group_size
     if G < 2 or G % 2:
         raise ValueError(f"the group size must be even and at least 2, got {G}")
     if not shift:
-        return grouped_attention(q, k, v, G, 0)
+        return grouped_attention(q, k, v, G)
     if H % 2:
         raise ValueError(f"shifting half of the heads needs an even number of them, got {H}")
-    n = (H_kv + 1) // 2  # key-value heads for each half of the heads; they share one if H_kv is odd
-    q1, q2 = q.chunk(2, dim=1)
-    if H_kv % 2:
-        (k1, v1), (k2, v2) = (k[:, :n], v[:, :n]), (k[:, -n:], v[:, -n:])
-    else:  # the same, but in the backward pass slices would cost zeros for all heads, and a sum
-        (k1, k2), (v1, v2) = k.chunk(2, dim=1), v.chunk(2, dim=1)
-    if before:
-        k2, v2 = before(k2, G // 2), before(v2, G // 2)
-    if H_kv % 2:
-        k1, v1 = (x.repeat_interleave(H // H_kv, dim=1)[:, :H // 2] for x in (k1, v1))
-        k2, v2 = (x.repeat_interleave(H // H_kv, dim=1)[:, -H // 2:] for x in (k2, v2))
-    out = grouped_attention(q1, k1, v1, G, first=0)
-    if extra := k2.shape[2] - q2.shape[2]:  # keys before the first query: it gets dummies there
-        q2 = F.pad(q2, (0, 0, extra, 0))
-    shifted = grouped_attention(q2, k2, v2, G, first=0 if extra else G // 2)[:, :, extra:]
-    return joined([out, shifted], dim=1)
+    if k.shape[2] % 2:  # an odd number of key-value heads has no halves
+        k, v = (x.repeat_interleave(H // k.shape[2], dim=2) for x in (k, v))
+
+    # Step 1: half of the heads are shifted by G/2.
+    (q1, q2), (k1, k2), (v1, v2) = (x.chunk(2, dim=2) for x in (q, k, v))
+    received = 0
+    if halo is not None:  # with the G/2 keys before them, these tokens begin with a whole group
+        k2, v2 = halo(k2, G // 2), halo(v2, G // 2)
+        received = k2.shape[1] - q2.shape[1]  # G/2, or 0 at the beginning of the sequence
+        q2 = F.pad(q2, (0, 0, 0, 0, received, 0))  # dummy queries
+
+    # Step 2: all attend in groups.
+    out1 = grouped_attention(q1, k1, v1, G)
+    out2 = grouped_attention(q2, k2, v2, G, first=G // 2 - received)[:, received:]
+    return torch.cat([out1, out2], dim=2)
 
 
 def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int,
-                      first: int) -> torch.Tensor:
-    """Causal attention inside groups of G tokens; the first group has `first` tokens (0: all are
-    whole), the last the rest.
+                      first: int = 0) -> torch.Tensor:
+    """Causal attention inside groups: one of `first` tokens, then groups of G, then the rest.
 
-    Groups go to the batch dimension, so that each is one row of a plain causal call and the flash
-    kernels run. Inputs that lie in memory as (B, T, H, D) give views there, not copies (as long as
-    B is 1 or the groups fill T).
+    All whole groups become part of the batch dimension, a view as long as B is 1: one causal call
+    of the flash kernel, without a mask.
     """
-    B, _, T, _ = q.shape
+    B, T = q.shape[:2]
     first = min(first, T)
-    whole = (T - first) // G * G
-    spans = [t for t in (first, whole, T - first - whole) if t]
-    # To split costs a copy in the backward pass: where whole groups fill T, it is left out.
-    pieces = zip(*(x.split(spans, dim=2) for x in (q, k, v))) if len(spans) > 1 else [(q, k, v)]
-    out = []
-    for qkv in pieces:
-        n = max(1, qkv[0].shape[2] // G)  # all whole groups at once, or one that is shorter
-        # (B, H, n * g, D) -> (B * n, H, g, D)
-        o = causal_attention(*(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in qkv))
-        out.append(o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3))
-    return joined(out, dim=2)
-
-
-def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """torch.cat of (B, H, T, D) that lie in memory as (B, T, H, D), so that the result does too."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([x.transpose(1, 2) for x in parts], dim=3 - dim).transpose(1, 2)
+    rest = (T - first) % G
+    sizes = [n for n in (first, T - first - rest, rest) if n > 0]
+    outputs = []
+    for q_, k_, v_ in zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1)):
+        n = max(1, q_.shape[1] // G)  # whole groups, or one shorter group
+        # (B, n * g, H, D) -> (B * n, g, H, D)
+        q_, k_, v_ = (x.unflatten(1, (n, -1)).flatten(0, 1) for x in (q_, k_, v_))
+        outputs.append(causal_attention(q_, k_, v_).unflatten(0, (B, n)).flatten(1, 2))
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Full causal attention: q (B, H, T, D), k and v (B, H_kv, S, D); returns (B, H, T, D). The
-    queries are those of the last T of S tokens (S > T: keys that were kept in generation)."""
-    gqa = q.shape[1] != k.shape[1]
-    if gqa and q.is_cuda and q.dtype == torch.float32:
-        # Flash takes no float32 there, and the kernel that does takes no grouped heads.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        gqa = False
-    T, S = q.shape[2], k.shape[2]
+    """Full causal attention: q (B, T, H, D), k and v (B, S, H_kv, D); returns (B, T, H, D). The T
+    queries belong to the last T of S tokens (S > T: with keys from a cache)."""
+    T, S, shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]  # query heads a key head
+    if shared > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel takes this
+        k, v = (x.repeat_interleave(shared, dim=2) for x in (k, v))
+        shared = 1
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), views
     mask = None if T == S else causal_lower_right(T, S)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=shared > 1)
+    return out.transpose(1, 2)
 
 
-def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int],
-                     attentions: list[Callable[..., torch.Tensor]]) -> torch.Tensor:
-    """Sequences end to end in one row, each of which attends to itself alone, by an attention of
-    its own: no mask, and nothing is padded. q (B, H, T, D), k and v (B, H_kv, T, D); `lengths` add
-    up to T; returns (B, H, T, D)."""
-    sequences = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), attentions, strict=True)
-    return joined([attention(*qkv) for *qkv, attention in sequences], dim=2)
+# --------------------------------------------------------------------------------------------------
+# The model
 
 
 class Attention(nn.Module):
@@ -326,17 +308,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, H_kv * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def project(self, x: torch.Tensor, cos: torch.Tensor,
-                sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # (B, T, C) -> (B, T, H, D): heads stay behind tokens, so that groups of tokens are views
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                attention: Callable[..., torch.Tensor]) -> torch.Tensor:
-        out = attention(*(y.transpose(1, 2) for y in self.project(x, cos, sin)))
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor],
+                attend: Callable) -> torch.Tensor:
+        heads = -1, self.head_dim  # (B, T, H * D) -> (B, T, H, D)
+        q = apply_rotary(self.q_proj(x).unflatten(-1, heads), *rotary)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, heads), *rotary)
+        v = self.v_proj(x).unflatten(-1, heads)
+        return self.o_proj(attend(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -346,14 +324,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.hidden(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+MLP_CHUNK = 2048  # tokens whose MLP activations exist at one time, with checkpointing
+
+
+class DecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn = Attention(config)
@@ -361,151 +339,147 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-               attention: Callable[..., torch.Tensor]) -> torch.Tensor:
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+    def attention_block(self, x: torch.Tensor, rotary: tuple, attend: Callable) -> torch.Tensor:
+        return x + self.self_attn(self.input_layernorm(x), rotary, attend)
 
-    def think(self, x: torch.Tensor) -> torch.Tensor:
+    def mlp_block(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                attention: Callable[..., torch.Tensor], keep: bool | None = None) -> torch.Tensor:
-        """`keep`: None keeps all activations, else see `RecomputedBlock`."""
-        if keep is not None and torch.is_grad_enabled():
-            return RecomputedBlock.apply(x, self, cos, sin, attention, keep, *self.parameters())
-        return self.think(self.attend(x, cos, sin, attention))
+    def forward(self, x: torch.Tensor, rotary: tuple, attend: Callable,
+                checkpointing: bool) -> torch.Tensor:
+        if not checkpointing:
+            return self.mlp_block(self.attention_block(x, rotary, attend))
+        # Keep the input of either block, recompute the rest in the backward pass. The MLP is the
+        # widest part and treats tokens independently, so it goes through in chunks of them.
+        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        x = recompute(self.attention_block, x, rotary, attend)
+        return torch.cat([recompute(self.mlp_block, chunk) for chunk in x.split(MLP_CHUNK, dim=1)],
+                         dim=1)
 
 
-class Decoder(nn.Module):
-    """Everything below the head: tokens (B, T) to hidden states (B, T, C). Without `group_size` all
-    layers attend by `attention`, one after the other (a cache of keys and values is one)."""
+class LlamaModel(nn.Module):
+    """Everything below the head: tokens (B, T) to hidden states (B, T, C).
 
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.config = config
-        # nn.Embedding's own random numbers would cost a second of imports on the meta device.
-        table = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
-        self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False  # keep each layer's input alone, and attention's output,
-        self.recompute_attention = False  # or not even that
-
-    def forward(self, tokens: torch.Tensor, group_size: int | list[int] | None = None,
-                shift: bool = True, start: int | list[int] = 0, before: Before | None = None,
-                lengths: list[int] | None = None,
-                attention: Callable[..., torch.Tensor] = causal_attention) -> torch.Tensor:
-        x = self.embed_tokens(tokens)
-        if torch.is_autocast_enabled(x.device.type):
-            # A float32 embedding would make the residual stream float32, and so every checkpoint.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        lengths = lengths or [tokens.shape[1]]
-        starts, groups = ([value] * len(lengths) if not isinstance(value, list) else value
-                          for value in (start, group_size))
-        if sum(lengths) != tokens.shape[1]:
-            raise ValueError(f"sequences of {lengths} tokens do not make {tokens.shape[1]}")
-        cos, sin = rotary_tables(self.config, torch.cat(
-            [torch.arange(s, s + n, device=x.device) for s, n in zip(starts, lengths)]))
-        attentions = [attention if G is None else partial(
-            shifted_sparse_attention, group_size=G, shift=shift, before=before) for G in groups]
-        attention = attentions[0] if len(lengths) == 1 else partial(
-            packed_attention, lengths=lengths, attentions=attentions)
-        keep = not self.recompute_attention if self.checkpointing else None
-        for layer in self.layers:
-            x = layer(x, cos, sin, attention, keep)
-        return self.norm(x)
-
-
-class Llama(nn.Module):
-    """Llama. Full attention is the default; S2-Attn is set by the call, never by `self.training`.
-
-    `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss over the targets
-    that are not -100, where targets[b, t] is the token that follows tokens[b, t], or with
-    `mean=False` the loss of each (B, T), 0 where the target is -100. With `group_size` attention is
-    S2-Attn (`shift=False`: local groups). If the tokens are a part of a longer sequence, `start` is
-    the first one's position, and `before` as in `shifted_sparse_attention`.
-
-    Rows may be several sequences end to end, of `lengths` tokens each: none sees another, each has
-    its own positions, and `group_size` and `start` may be lists with one for each. With
-    `logits_to_keep`, places (N,) in a row, logits or losses are of these alone, and so `targets`
-    (B, N) are. Raises ValueError if `lengths` do not add up to T.
-
-    With `model.model.checkpointing = True` each layer is computed again in the backward pass
-    instead of keeping its activations, but for its attention, or (`model.model.recompute_attention
-    = True`) with it.
+    Two attributes save memory in training. `checkpointing`: the backward pass recomputes each
+    layer's activations from the inputs of its two blocks. `offload`: these inputs wait in host
+    memory.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = self.offload = False
+
+    def forward(self, tokens: torch.Tensor, group_size: int | None = None, shift: bool = True,
+                start: int = 0, halo: Callable | None = None, cache=None) -> torch.Tensor:
+        x = self.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            # A trainable embedding is float32; the residual stream, and every checkpoint, is not.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        positions = torch.arange(start, start + tokens.shape[1], device=x.device)
+        rotary = rotary_embedding(self.config, positions)
+        attend = causal_attention
+        if group_size is not None:
+            attend = partial(shifted_sparse_attention, group_size=group_size, shift=shift,
+                             halo=halo)
+        checkpointing = (self.checkpointing or self.offload) and torch.is_grad_enabled()
+        to_host = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+        with to_host if self.offload else contextlib.nullcontext():
+            for i, layer in enumerate(self.layers):
+                if cache is not None:
+                    attend = partial(cache.attend, i)
+                x = layer(x, rotary, attend, checkpointing)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """Llama. Full attention is the default; S2-Attn is chosen by the call, not by `self.training`.
+
+    `model(tokens)` returns logits (B, T, V). `model(tokens, targets)` returns the mean loss of the
+    targets that are not -100, where targets[b, t] is the token that follows tokens[b, t];
+    `reduction="sum"` and "none" are those of `F.cross_entropy`. With `logits_to_keep` (a slice or
+    an index tensor), logits and targets are of these positions alone.
+
+    `group_size` turns on S2-Attn (with `shift=False`: local groups). If the tokens are one part of
+    a longer sequence, `start` is the position of the first, and `halo` as in
+    `shifted_sparse_attention`. A `cache` keeps keys and values of earlier calls: its `attend(layer,
+    q, k, v)` takes the place of attention.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
-                group_size: int | list[int] | None = None, shift: bool = True,
-                start: int | list[int] = 0, before: Before | None = None, mean: bool = True,
-                lengths: list[int] | None = None,
-                logits_to_keep: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.model(tokens, group_size, shift, start, before, lengths)
-        if logits_to_keep is not None:
-            x = x[:, logits_to_keep]  # the head is not for the others
+                group_size: int | None = None, shift: bool = True, start: int = 0,
+                halo: Callable | None = None, cache=None, logits_to_keep=slice(None),
+                reduction: str = "mean") -> torch.Tensor:
+        x = self.model(tokens, group_size, shift, start, halo, cache)[:, logits_to_keep]
         if targets is None:
             return self.lm_head(x)
-        return chunked_loss(x, self.lm_head.weight, targets, mean)
+        return chunked_loss(x, self.lm_head.weight, targets, reduction)
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
 
     def extend(self, context: int) -> None:
-        """Interpolate positions so that `context` tokens fit the window (Section 3.1); see
+        """Interpolate positions so that `context` tokens fit the window (Section 4.1); see
         `LlamaConfig.extended`."""
-        self.config = self.model.config = self.config.extended(context)
+        self.model.config = self.config.extended(context)
 
     def reset_parameters(self) -> None:
-        """Random weights, as GPT-2 has them: std 0.02, the projections into the residual stream
-        scaled by its depth."""
+        """Random weights as in GPT-2: std 0.02, projections into the residual stream scaled down
+        with its depth."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.ones_(p)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
             else:
-                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if deep else 0.02
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=0.02)
 
 
 # --------------------------------------------------------------------------------------------------
 # The loss
 
-
-LOSS_CHUNK = 512  # tokens whose logits exist at one time: 125 MiB in float32 at V = 32,000
+LOSS_CHUNK = 512  # tokens whose logits exist at one time: 62 MiB in float32 at V = 32,000
 
 
 def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                 mean: bool = True) -> torch.Tensor:
-    """Mean cross-entropy of the head's logits, in chunks of tokens; 0 where every target is -100.
-    With `mean=False` that of each token, (B, T), for use without gradients.
+                 reduction: str = "mean") -> torch.Tensor:
+    """Cross-entropy of the head's logits, in chunks of tokens; the mean of no targets is 0.
 
-    x (B, T, C), weight (V, C), targets (B, T). All logits at once would be the largest tensor of
-    the run by far: at T = 100,000 and V = 32,000 they take 12 GiB in float32, and their gradient as
-    much again.
+    x (B, T, C), weight (V, C), targets (B, T), ignored where -100. All logits at once would be the
+    largest tensor of the run by far: at T = 100,000 and V = 32,000 they take 12 GiB in float32, and
+    their gradient as much again.
     """
-    shape, x, targets = targets.shape, x.flatten(0, 1), targets.flatten()
+    shape, count = targets.shape, (targets != -100).sum().clamp(min=1)
+    x, targets = x.flatten(0, 1), targets.flatten()
 
-    def chunk_loss(x, targets, reduction):
+    def cross_entropy(x, targets, reduction):
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction=reduction)
 
     chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
-    if not mean:
-        return torch.cat([chunk_loss(*chunk, "none") for chunk in chunks]).view(shape)
-    count = (targets != -100).sum().clamp(min=1)
-    if not weight.requires_grad:
-        return FrozenHeadLoss.apply(x, weight, targets) / count
-    return sum(checkpoint(chunk_loss, *chunk, "sum", use_reentrant=False)
-               for chunk in chunks) / count
+    if reduction == "none":
+        return torch.cat([cross_entropy(*chunk, "none") for chunk in chunks]).view(shape)
+    if weight.requires_grad:
+        total = sum(checkpoint(cross_entropy, *chunk, "sum", use_reentrant=False)
+                    for chunk in chunks)
+    else:
+        total = FrozenHeadLoss.apply(x, weight, targets)
+    return total / count if reduction == "mean" else total
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """The summed loss under a frozen head. Its only gradient is dL/dx, so the forward pass makes it
-    from each chunk's logits while they exist, and nothing is computed twice."""
+    """The summed loss under a frozen head. Its only gradient is dL/dx, so the forward pass computes
+    it from each chunk's logits while they exist; checkpointing would compute the logits twice."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -513,15 +487,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         ctx.grad = torch.empty_like(x) if x.requires_grad else None
         for start in range(0, len(x), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
-            label, scored = targets[chunk].clamp(min=0), targets[chunk] != -100
-            logits = F.linear(x[chunk], weight).float()
-            top, place = logits.max(-1, keepdim=True)
-            right = logits.gather(1, label[:, None])
-            p = torch.softmax(logits, -1, out=logits)  # in place: the largest tensor of the run
-            total += ((top - right - p.gather(1, place).log())[:, 0] * scored).sum()
+            label, scored = targets[chunk, None].clamp(min=0), targets[chunk, None] != -100
+            log_p = F.linear(x[chunk], weight).float().log_softmax(-1)
+            total += F.nll_loss(log_p, targets[chunk], reduction="sum")  # -100 is ignored
             if ctx.grad is not None:  # softmax - one-hot, through the head
-                grad = p.to(x.dtype) @ weight.to(x.dtype) - weight[label].to(x.dtype)
-                ctx.grad[chunk] = grad * scored[:, None]
+                grad = log_p.exp_().scatter_add_(1, label, -scored.float()) * scored
+                ctx.grad[chunk] = grad.to(x.dtype) @ weight.to(x.dtype)
         return total
 
     @staticmethod
@@ -531,99 +502,56 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4-bit weights for what is frozen; what they are is in data/nf4.py
-
-
-def count_weights(model: nn.Module) -> int:
-    """Parameters, those in 4 bits too."""
-    packed = sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, NF4Linear))
-    return packed + sum(p.numel() for p in model.parameters())
-
-
-def is_quantized(model: Llama) -> bool:
-    return any(isinstance(module, NF4Linear) for module in model.modules())
-
-
-def refuse_quantized(model: Llama) -> None:
-    if is_quantized(model):
-        raise ValueError("4-bit weights are only to train on: save the adapter, and merge it into "
-                         "the original base")
-
-
-def quantize(model: Llama, dtype: torch.dtype, device: str | torch.device | None = None) -> None:
-    """Replace every linear layer below the head by an NF4Linear that computes in `dtype`, one after
-    the other, on `device` (None: where the weight is). Raises ValueError if the model has LoRA:
-    that comes afterwards."""
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has LoRA already: quantize it first, then add_lora(model)")
-    for parent in list(model.model.modules()):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(parent, name, NF4Linear(linear.weight.to(device), dtype))
-
-
-# --------------------------------------------------------------------------------------------------
 # LoRA and LoRA+
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LoRALinear(nn.Module):
-    """A linear layer W with a low-rank update: W x + (alpha / r) B A x (Hu et al. 2021).
+    """A frozen linear layer and a low-rank update: W x + (alpha / r) B A x (Hu et al. 2021).
 
-    A (r, in) is random and B (out, r) zero, so training starts from the pretrained model. B A, as
-    large as W, is never formed here: that memory is what LoRA exists to save.
+    A (r, in) is random and B (out, r) zero, so that training starts from the pretrained model. The
+    product B A, as large as W, is never formed here: that memory is what LoRA saves.
     """
 
-    def __init__(self, linear: nn.Linear | NF4Linear, rank: int, alpha: float,
+    def __init__(self, base: "nn.Linear | NF4Linear", rank: int, alpha: float,
                  dtype: torch.dtype | None = None):
         super().__init__()
-        out_features, in_features = linear.out_features, linear.in_features
-        self.quantized = linear if isinstance(linear, NF4Linear) else None
-        self.weight = None if self.quantized else linear.weight
-        device = next(iter(linear.state_dict().values())).device
-        place = {"device": device, "dtype": dtype or linear.weight.dtype}
-        self.lora_A = nn.Linear(in_features, rank, bias=False, **place)  # initialised by nn.Linear
-        self.lora_B = nn.Linear(rank, out_features, bias=False, **place)
+        self.base = base
+        stored = next(iter(base.state_dict().values()))  # the weight, or its 4-bit codes
+        place = {"device": stored.device, "dtype": dtype or getattr(base, "dtype", stored.dtype)}
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)  # random, as Linear is
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
         nn.init.zeros_(self.lora_B.weight)
         self.scaling = alpha / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.quantized(x) if self.quantized else F.linear(x, self.weight)
-        low = self.lora_A(x) * self.scaling
-        B = self.lora_B.weight.to(out.dtype)  # in place, autocast would not
-        return out.flatten(0, -2).addmm_(low.flatten(0, -2), B.T).view_as(out)
+        # The base comes last: a backward pass that recomputes this layer's inputs stops before it.
+        return self.lora_B(self.lora_A(x) * self.scaling) + self.base(x)
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
-        """W + (alpha / r) B A (out, in), added in float32."""
-        return with_update(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, dtype)
-
-
-def with_update(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float,
-                dtype: torch.dtype) -> torch.Tensor:
-    return W.float().addmm(B.float(), A.float(), alpha=scaling).to(dtype)
+        """W + (alpha / r) B A, (out, in), added in float32."""
+        A, B = self.lora_A.weight.float(), self.lora_B.weight.float()
+        return self.base.weight.float().addmm(B, A, alpha=self.scaling).to(dtype)
 
 
 def add_lora(model: Llama, rank: int = 8, alpha: float = 16,
              targets: Iterable[str] = ATTENTION_PROJECTIONS,
              dtype: torch.dtype | None = None) -> None:
     """Replace every linear layer below the head whose name is in `targets` by a LoRALinear, in
-    place (Section 3.3). A and B have the layer's dtype unless told.
+    place (Section 3.3). A and B have the layer's dtype unless `dtype` is given.
 
     Raises ValueError if `rank` is below 1, a target matches no layer, or LoRA is there already.
     """
     if rank < 1:
         raise ValueError(f"LoRA's rank must be at least 1, got {rank}")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has LoRA already: merge_lora(model) first")
-    found = {target: [parent for parent in model.model.modules()
-                      if isinstance(getattr(parent, target, None), (nn.Linear, NF4Linear))]
-             for target in targets}
-    for target, parents in found.items():
+    refuse_lora(model, "merge_lora(model) first")
+    for target in targets:
+        parents = [parent for parent in model.model.modules()
+                   if isinstance(getattr(parent, target, None), (nn.Linear, NF4Linear))]
         if not parents:
             raise ValueError(f"LoRA target {target!r} matches no linear layer of the model")
-    for target, parents in found.items():
         for parent in parents:
             setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha, dtype))
 
@@ -634,14 +562,16 @@ def merge_lora(model: Llama) -> None:
     for parent in list(model.modules()):
         for name, lora in list(parent.named_children()):
             if isinstance(lora, LoRALinear):
-                out_features, in_features = lora.weight.shape
-                linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(lora.merged(lora.weight.dtype),
-                                             requires_grad=lora.weight.requires_grad)
-                setattr(parent, name, linear)
+                lora.base.weight.data = lora.merged(lora.base.weight.dtype)
+                setattr(parent, name, lora.base)
 
 
-def trainable_parts(trainable: str) -> set[str]:
+def refuse_lora(model: Llama, remedy: str) -> None:
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError(f"the model has LoRA already: {remedy}")
+
+
+def parse_trainable(trainable: str) -> set[str]:
     """{"full"}, or some of "lora", "embed", "norm", from a text with commas. Raises ValueError."""
     parts = set(trainable.split(","))
     if not parts <= {"lora", "embed", "norm"} and parts != {"full"}:
@@ -651,70 +581,363 @@ def trainable_parts(trainable: str) -> set[str]:
 
 
 def set_trainable(model: Llama, trainable: str) -> None:
-    """Choose what trains: "full", or some of "lora", "embed", "norm" joined by commas (LoRA+ is all
-    three; Section 3.3).
+    """Choose the trainable parameters: "full", or some of "lora", "embed", "norm" joined by commas
+    (LoRA+ is all three; Section 3.3).
 
-    What trains becomes float32 (updates of 1e-5 vanish in bf16's 8 bits), what is frozen keeps its
-    dtype. "embed" is the input embedding, not the head; a head tied to a training embedding is
-    untied and frozen, except under "full". Raises ValueError on unknown parts, and on "lora"
+    Trainable parameters become float32 (updates of 1e-5 vanish in bfloat16's 8 bits), frozen ones
+    keep their dtype. "embed" is the input embedding, not the head; a head that shares its weights
+    is untied and frozen, except under "full". Raises ValueError on unknown parts, and on "lora"
     without `add_lora` before.
     """
-    parts = trainable_parts(trainable)
+    parts = parse_trainable(trainable)
     if "lora" in parts and not any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError('trainable has "lora", but the model has no LoRA: add_lora(model) first')
     if "embed" in parts:
-        untie(model)
+        untie_lm_head(model)
     for name, p in model.named_parameters():
         kind = ("lora" if "lora_" in name else "embed" if "embed_tokens" in name else
                 "norm" if "norm" in name else "rest")
         p.requires_grad_(kind in parts or parts == {"full"})
-        if p.requires_grad:  # a copy always: loaded weights lie in their file
+        if p.requires_grad:  # always a copy: loaded weights are mapped from their file
             p.data = p.data.to(torch.float32, copy=True)
 
 
-def untie(model: Llama) -> None:
-    """Give the head weights of its own where it shares the embedding's, so that one can change."""
+def untie_lm_head(model: Llama) -> None:
+    """Give the head weights of its own if it shares the embedding's, so that one can change."""
     if model.config.tie_word_embeddings:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-        untied = dataclasses.replace(model.config, tie_word_embeddings=False)
-        model.config = model.model.config = untied
+        model.model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4-bit frozen weights (QLoRA, Dettmers et al. 2023)
+
+# NF4, "normal float": quantiles of the normal distribution that weights have, and 0 (Appendix E).
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)
+BLOCK, SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale in turn
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer with a weight (out, in) of 4.13 bits a number. Each weight is the
+    nearest of 16 values, times the largest of its block of 64. These scales, less their mean, are
+    int8 themselves (double quantisation), times the largest of 256 of them.
+
+    All buffers are of integers: no conversion of the model's dtype can touch the scales.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        blocks = padded(weight.detach().float().flatten(), BLOCK)
+        scale = blocks.abs().amax(1)
+        values = torch.tensor(NF4, device=weight.device)
+        codes = torch.bucketize(blocks / scale.clamp(min=1e-30)[:, None],
+                                (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
+        self.register_buffer("codes", codes.view(-1, 2)[:, 0] << 4 | codes.view(-1, 2)[:, 1])
+        mean = scale.mean()
+        scale = padded(scale - mean, SUPERBLOCK)
+        step = scale.abs().amax(1) / 127
+        scale = (scale / step.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        self.register_buffer("scales", scale.flatten()[:len(blocks)].clone())
+        self.register_buffer("steps", torch.cat([step, mean[None]]).view(torch.int32))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized matrix (out, in), made anew for each product."""
+        steps = self.steps.view(torch.float32)  # one a superblock, and the mean
+        scale = padded(self.scales.float(), SUPERBLOCK) * steps[:-1, None] + steps[-1]
+        W = F.embedding(self.codes.int(), nf4_pairs(self.codes.device, self.dtype)).view(-1, BLOCK)
+        W = W.mul_(scale.flatten()[:len(W), None]).flatten()
+        return W[:self.out_features * self.in_features].view(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return NF4Product.apply(x, self)
+
+
+class NF4Product(torch.autograd.Function):
+    """x W^T, without keeping W for the backward pass: that would cost what 4 bits have saved."""
+
+    @staticmethod
+    def forward(ctx, x, linear):
+        ctx.linear = linear
+        return F.linear(x, linear.weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.linear.weight, None
+
+
+@functools.cache
+def nf4_pairs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The two values of every byte of codes, (256, 2)."""
+    values = torch.tensor(NF4)
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
+    return pairs.to(device, dtype)
+
+
+def padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (N,) as rows of `size` numbers, the last row filled up with zeros."""
+    return F.pad(x, (0, -len(x) % size)).view(-1, size)
+
+
+def quantize(model: Llama, dtype: torch.dtype, device: str | torch.device | None = None) -> None:
+    """Replace every linear layer below the head by an NF4Linear that computes in `dtype`, one after
+    the other, on `device` (None: where the weight is). Raises ValueError if the model has LoRA:
+    that comes afterwards."""
+    refuse_lora(model, "quantize it first, then add_lora(model)")
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(parent, name, NF4Linear(linear.weight.to(device), dtype))
+
+
+def is_quantized(model: Llama) -> bool:
+    return any(isinstance(module, NF4Linear) for module in model.modules())
+
+
+def refuse_quantized(model: Llama) -> None:
+    if is_quantized(model):
+        raise ValueError("4-bit weights are for training only: save the adapter, and merge it into "
+                         "the original base")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, 4-bit ones included."""
+    packed = sum(2 * m.codes.numel() for m in model.modules() if isinstance(m, NF4Linear))
+    return packed + sum(p.numel() for p in model.parameters())
 
 
 # ==================================================================================================
-# Files. Nothing below is needed to understand the method; what the files of others look like is
-# in data/formats.py.
+# Files. Nothing below is needed to understand the method.
 # ==================================================================================================
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SHARD_BYTES = 4_900_000_000  # of tensors, so that a file with its header stays below 5 GB
+JSON_LIMIT = 10_000_000  # bytes; the largest model's settings are well below a tenth of it
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary name beside `path`), then rename: `path` is old or new, never half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # its bytes reach the disk before its name does
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises FileNotFoundError, ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise ValueError(f"{path}: {size:,} bytes are too many for a file of settings")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of tensors: safetensors, and pickles by torch.load. Both are mapped, not read: a tensor's
+# bytes leave the disk when they are used.
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file, or of one that `torch.save` wrote, mapped.
+
+    Raises FileNotFoundError, and ValueError for a file that is broken or holds anything else. Code
+    in a pickle is never run.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        yield from read_safetensors(path)
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("compressed")  # it would be mapped as it is
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: it holds more than tensors, or is broken") from None
+    except Exception as error:  # the loader's kinds of errors are its own
+        problem = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"{path}: not a file of tensors, or broken ({problem})") from None
+    if not isinstance(tensors, dict) or not all(
+            isinstance(x, torch.Tensor) and x.dtype in DTYPES.values() and
+            x.layout == torch.strided and not (x.is_meta or x.is_nested or x.is_neg())
+            for x in tensors.values()):
+        raise ValueError(f"{path}: expected tensors by name")
+    for name, tensor in tensors.items():
+        yield str(name), tensor
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The format: 8 bytes with the header's length N (little endian), N bytes of JSON {name:
+    {dtype, shape, data_offsets}}, the data. Raises ValueError if the header does not describe
+    exactly this file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 10 * JSON_LIMIT):
+            raise ValueError(f"{path}: not a safetensors file, or cut short (its header claims "
+                             f"{length} bytes of {size})")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = sorted((*entry["data_offsets"], str(name), DTYPES[entry["dtype"]],
+                              torch.Size(entry["shape"])) for name, entry in header.items())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: broken safetensors header ({type(error).__name__}: "
+                             f"{str(error)[:200]})") from None
+        # Private: writing to a tensor changes nothing in the file.
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    end = 0
+    for start, stop, name, dtype, shape in entries:
+        if start != end or min(shape, default=0) < 0 or (
+                stop - start != math.prod(shape) * dtype.itemsize):
+            raise ValueError(f"{path}: {name[:200]}: bytes {start} to {stop} do not fit {dtype} of "
+                             f"shape {list(shape)[:8]} behind {end} bytes of other tensors")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"{path}: its tensors end at byte {8 + length + end}, the file at {size}")
+    for start, stop, name, dtype, shape in entries:
+        if start == stop:
+            yield name, torch.empty(shape, dtype=dtype)
+            continue
+        flat = torch.frombuffer(data, dtype=torch.uint8, offset=8 + length + start,
+                                count=stop - start)
+        if (8 + length + start) % dtype.itemsize:
+            flat = flat.clone()  # misaligned
+        yield name, flat.view(dtype).view(shape)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor],
+                      get: Callable[[str], torch.Tensor] | None = None) -> None:
+    """Write a safetensors file: larger dtypes first, so that all are aligned, then by name.
+    Complete or absent.
+
+    With `get`, `tensors` need only have dtypes and shapes (on the meta device): get(name) computes
+    each in its turn, so that they never exist all at once.
+    """
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": dtypes[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in tqdm(names, desc=path.name, leave=False, delay=1):
+                tensor = get(name) if get else tensors[name]
+                tensor = tensor.detach().cpu().contiguous()
+                file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+    replace_file(path, write)
+
+
+def tensor_files(folder: Path, *names: str) -> list[Path]:
+    """The first of `names` that the folder has, whole or as the shards that NAME.index.json lists.
+    Raises FileNotFoundError if there is none, and ValueError for an index that is broken or names a
+    file outside its folder."""
+    for name in names:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) and
+                                                       os.path.basename(shard) == shard
+                                                       for shard in shards.values()):
+                raise ValueError(f'{index}: expected a "weight_map" from tensors to files of this '
+                                 "folder")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+    raise FileNotFoundError(f"{folder}: has none of {', '.join(names)}, nor an index of shards")
+
+
+# --------------------------------------------------------------------------------------------------
+# Model folders
+
+# Hugging Face's defaults where an old config.json says nothing.
+CONFIG_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+# Any other value is another architecture.
+PLAIN_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+               "partial_rotary_factor": 1.0, "quantization_config": None}
 
 
 def load_config(path: str | Path, context: int | None = None) -> LlamaConfig:
-    """The config of a Hugging Face folder (config.json), or of Meta's (params.json).
+    """The config of a Hugging Face folder.
 
-    A Mistral is a Llama up to its sliding window: it is taken if `context` tokens (None: the
-    model's window) fit in there. Raises FileNotFoundError, and ValueError for what is not a plain
-    Llama.
+    A Mistral behaves like Llama within its sliding window: it is accepted if `context` tokens
+    (None: the model's window) fit into that. Raises FileNotFoundError, and ValueError for anything
+    that is not a plain Llama.
     """
-    values = read_config(Path(path))
+    file = Path(path) / "config.json"
+    if not file.is_file() and (Path(path) / "params.json").is_file():
+        raise ValueError(f"{path}: a folder in Meta's own format; convert it first, by "
+                         "transformers' convert_llama_weights_to_hf.py")
+    values = CONFIG_DEFAULTS | read_json(file)
+    if (kind := values.get("model_type")) not in ("llama", "mistral"):
+        raise ValueError(f'{file}: expected a Llama (model_type "llama"), got {kind!r}')
+    rope = {}  # newer files have all of it in `rope_parameters`
+    for name in ("rope_parameters", "rope_scaling"):
+        value = values.pop(name, None) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: {name} must be an object or null, got {value!r}")
+        rope |= value
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            values[name] = rope.pop(name)
+    for name, plain in PLAIN_LLAMA.items():
+        if values.get(name, plain) not in (plain, None):
+            raise ValueError(f"{file}: {name} {values[name]!r} is not supported, only {plain!r}")
+    if rope and rope.get("rope_type", rope.get("type")) != "default":
+        values["rope_scaling"] = rope
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     try:
         config = LlamaConfig(**{name: value for name, value in values.items() if name in known})
-        window = config.max_position_embeddings
         if config.sliding_window is not None:
-            config.extended(context or window)  # refuses what is beyond it
-            window = min(window, config.sliding_window)
+            require(is_positive(config.sliding_window), "sliding_window must be a number or null, "
+                    f"got {config.sliding_window!r}")
+            config.extended(context or config.max_position_embeddings)  # refused beyond it
+            config.max_position_embeddings = min(config.max_position_embeddings,
+                                                 config.sliding_window)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return dataclasses.replace(config, max_position_embeddings=window)
+        raise ValueError(f"{file}: {error}") from None
+    return config
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
                device: str | torch.device = "cpu", context: int | None = None) -> Llama:
-    """The Llama in a Hugging Face or Meta folder, in the file's dtype unless told, all frozen.
+    """The Llama in a Hugging Face folder, in the file's dtype unless `dtype` is given, all frozen.
 
-    On the CPU in the file's dtype the weights stay where they are, mapped: they cost time and
-    memory when they are used. `context` as in `load_config`. Raises FileNotFoundError, and
-    ValueError for what is not a Llama, is broken, or does not fit its config.
+    On the CPU, in the file's dtype, weights stay mapped to their file: they cost time and memory
+    when they are used. `context` as in `load_config`. Raises FileNotFoundError, and ValueError for
+    anything that is not a Llama, is broken, or does not fit its config.
     """
     path = Path(path)
     if not path.is_dir():
@@ -722,21 +945,18 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
     config = load_config(path, context)
     with torch.device("meta"):
         model = Llama(config)
-    expected = dict(model.named_parameters())  # a tied head is no parameter of its own
     loaded = {}
-    for name, tensor in read_model(path):
-        if name.endswith("rotary_emb.inv_freq") or name == HEAD and config.tie_word_embeddings:
-            continue
-        if name not in expected or name in loaded:
-            problem = "is there twice" if name in loaded else "is no weight of a Llama like this"
-            raise ValueError(f"{path}: {name} {problem}")
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} should be a float tensor of shape "
-                             f"{tuple(expected[name].shape)} by its config, got {tensor.dtype} of "
-                             f"{tuple(tensor.shape)}")
+    for file in tensor_files(path, "model.safetensors", "pytorch_model.bin"):
+        for name, tensor in read_tensors(file):
+            if name in loaded:
+                raise ValueError(f"{path}: {name[:200]} occurs twice")
+            if not name.endswith("rotary_emb.inv_freq") and not (
+                    name == HEAD and config.tie_word_embeddings):
+                loaded[name] = tensor
+    # A tied head is no parameter of its own.
+    check_tensors(path, loaded, {name: p.shape for name, p in model.named_parameters()})
+    for name, tensor in loaded.items():
         loaded[name] = tensor.to(device, dtype or tensor.dtype)
-    if missing := sorted(expected.keys() - loaded.keys()):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, the first: {missing[0]}")
     model.load_state_dict(loaded, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -744,67 +964,66 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
     return model.requires_grad_(False)
 
 
-SHARD_BYTES = 4_900_000_000  # of tensors, so that a file with its header stays below 5 GB
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor],
+                  shapes: Mapping[str, Iterable[int]], required: Iterable[str] | None = None
+                  ) -> None:
+    """Raises ValueError if `tensors` has a name or a shape that `shapes` does not have, or lacks
+    one of `required` (None: of all)."""
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{path}: {name[:200]!r} is no weight of a model like this")
+        if tuple(tensor.shape) != tuple(shapes[name]) or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} should be a float tensor of shape "
+                             f"{tuple(shapes[name])}, got {tensor.dtype} of {tuple(tensor.shape)}")
+    if missing := sorted(set(shapes if required is None else required) - set(tensors)):
+        raise ValueError(f"{path}: {len(missing)} weights are missing, the first: {missing[0]}")
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that FSDP has sharded: every process has to ask for it at once."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def save_model(model: Llama, path: str | Path | None, dtype: torch.dtype | None = None,
-               progress: bool = False) -> None:
+def save_model(model: Llama, path: str | Path, dtype: torch.dtype | None = None,
+               state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write the model, LoRA merged, as a Hugging Face folder: config.json and model.safetensors, or
-    shards of at most 5 GB with their index. In its own dtypes unless told.
+    shards of at most 5 GB with their index. In the model's own dtypes unless `dtype` is given.
 
-    Merging happens tensor by tensor on the way to the file, and changes nothing in `model`. Of a
-    sharded model every process has to call it, but one with None as `path`.
+    Updates are merged tensor by tensor on the way to the file; the model stays as it is.
+    `state_dict` has the gathered weights of a model that is sharded over processes.
     """
     refuse_quantized(model)
-    modules, shards = dict(model.named_modules()), [{}]
-    weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    path, loras = Path(path), lora_layers(model)
+    weights = state_dict or {name.replace(".base.", "."): p for name, p in model.named_parameters()
+                             if "lora_" not in name}
+    shards = [{}]
     for name, p in weights.items():
         empty = torch.empty(p.shape, dtype=dtype or p.dtype, device="meta")
-        if sum(e.nbytes for e in shards[-1].values()) + empty.nbytes > SHARD_BYTES and shards[-1]:
+        if shards[-1] and sum(e.nbytes for e in shards[-1].values()) + empty.nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = empty
-    total = sum(e.nbytes for shard in shards for e in shard.values())
-    bar = tqdm(total=total, desc="saving", unit="B", unit_scale=True, disable=not progress)
 
-    def merged(name: str) -> torch.Tensor:
-        module, kind = modules[name.removesuffix(".weight")], dtype or weights[name].dtype
-        lora = isinstance(module, LoRALinear)
-        tensor = gathered(module.merged(kind) if lora else weights[name]).to(kind)
-        bar.update(tensor.nbytes)
-        return tensor
+    def get(name: str) -> torch.Tensor:
+        lora, kind = loras.get(name.removesuffix(".weight")), dtype or weights[name].dtype
+        return weights[name].to(kind) if lora is None else lora.merged(kind)
 
-    if path:
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-    files, n = {}, len(shards)
-    if path and n > 1:  # so that a folder is refused while its shards are of two saves
-        (path / "model.safetensors.index.json").unlink(missing_ok=True)
-    with bar:
-        for i, shard in enumerate(shards, 1):
-            file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
-            write_safetensors(shard, path and path / file, merged)
-            files |= dict.fromkeys(shard, file)
-    if path is None:
-        return
+    path.mkdir(parents=True, exist_ok=True)
+    index, files, n = path / "model.safetensors.index.json", {}, len(shards)
     if n > 1:
-        write_json(path / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": files})
+        index.unlink(missing_ok=True)  # no folder may mix the shards of two saves
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
+        write_safetensors(path / file, shard, get)
+        files |= dict.fromkeys(shard, file)
+    if n > 1:
+        total = sum(empty.nbytes for shard in shards for empty in shard.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": files})
     stored = str(dtype or weights["model.norm.weight"].dtype).removeprefix("torch.")
     write_json(path / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         **dataclasses.asdict(model.config), "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "torch_dtype": stored})
     for old in path.glob("model*.safetensors*"):  # of an earlier save in another number of shards
-        if old.name not in files.values() and (n == 1 or not old.name.endswith("index.json")):
+        if old.name not in files.values() and (n == 1 or old != index):
             old.unlink()
 
 
-# Beside the weights: the tokenizer, and how to generate.
+# Beside the weights: the tokenizer, and settings of generation.
 COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
               "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -812,13 +1031,13 @@ COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "add
 def copy_companions(source: str | Path, out: Path) -> None:
     for file in (Path(source) / name for name in COMPANIONS):
         if file.is_file():
-            replace_file(out / file.name, lambda partial: shutil.copyfile(file, partial))
+            replace_file(out / file.name, lambda temporary: shutil.copyfile(file, temporary))
 
 
 def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
           dtype: torch.dtype | None = None, context: int | None = None) -> None:
     """Write the Hugging Face folder `out`: `base` with `adapter` merged, extended to `context` if
-    that is given. In the base's dtypes unless told. Complete or absent.
+    that is given. In the base's dtypes unless `dtype` is given. Complete or absent.
 
     Raises ValueError if `out` exists, and as `load_model` and `load_adapter` do.
     """
@@ -826,60 +1045,74 @@ def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
     if out.exists():
         raise ValueError(f"{out} exists: name a folder that does not")
     model = load_model(base, context=context)
-    kept = {name: p.dtype for name, p in model.named_parameters()}
+    stored = {name: p.dtype for name, p in model.named_parameters()}
     if adapter is not None:
         load_adapter(model, adapter, context)
     elif context:
         model.extend(context)
     if dtype is None:
         for name, p in model.named_parameters():
-            p.data = p.data.to(kept.get(name, p.dtype))
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+            p.data = p.data.to(stored.get(name, p.dtype))
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        save_model(model, partial, dtype, progress=True)
-        for source in filter(None, (base, adapter)):  # what an adapter brings was trained with it
-            copy_companions(source, partial)
-        os.replace(partial, out)
+        save_model(model, temporary, dtype)
+        for source in filter(None, (base, adapter)):  # the adapter's own tokenizer comes last
+            copy_companions(source, temporary)
+        os.replace(temporary, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-# What may train beside LoRA: PEFT's `modules_to_save`.
+# --------------------------------------------------------------------------------------------------
+# Adapters: PEFT's, and those released with the paper
+
+# PEFT's `modules_to_save`: what may be trainable beside LoRA.
 SAVED_MODULES = {"embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"}
+# Fields of adapter_config.json that are implemented here or do not change the mathematics. All
+# others must be false or empty, or as in HARMLESS.
+IMPLEMENTED = set(
+    "peft_type r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern "
+    "modules_to_save rank_pattern alpha_pattern use_rslora lora_dropout task_type "
+    "base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core "
+    "qalora_group_size eva_config".split())
+HARMLESS = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
 
 
-def save_adapter(model: Llama, path: str | Path | None) -> None:
-    """Write LoRA and what else trains as a PEFT adapter: adapter_config.json,
-    adapter_model.safetensors, and longlora.json.
+def lora_layers(model: Llama) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
-    The last holds what PEFT has no field for: {"context": tokens, "factor": interpolation factor}.
-    Of a sharded model every process has to call it, but one with None as `path`. Raises ValueError
-    if the model has no LoRA, or more trains than an adapter holds.
+
+def save_adapter(model: Llama, path: str | Path,
+                 state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write LoRA and the other trainable parameters as a PEFT adapter: adapter_config.json,
+    adapter_model.safetensors, and longlora.json with the two facts that PEFT has no field for:
+    {"context": tokens, "factor": interpolation factor}.
+
+    `state_dict` has the gathered trainable weights of a model that is sharded over processes.
+    Raises ValueError if the model has no LoRA, or trains more than an adapter can hold.
     """
-    trained = {name: p for name, p in model.named_parameters()
-               if p.requires_grad or "lora_" in name}
-    loras = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    trained = state_dict or {name: p for name, p in model.named_parameters()
+                             if p.requires_grad or "lora_" in name}
+    loras = lora_layers(model)
     others = {name.split(".")[-2] for name in trained if "lora_" not in name}
     if not loras or not others <= SAVED_MODULES:
-        raise ValueError("an adapter holds LoRA, embedding and norms; this model trains otherwise: "
-                         "save_model(model, path)")
-    ranks = {name: len(lora.lora_A.weight) for name, lora in loras.items()}
+        raise ValueError("an adapter holds LoRA, embedding and norms; this model has other "
+                         "trainable parameters: save_model(model, path)")
+    ranks = {name: lora.lora_A.out_features for name, lora in loras.items()}
     alphas = {name: loras[name].scaling * rank for name, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     leaves = {name.split(".")[-1] for name in loras}
     everywhere = all(name in loras for name, _ in model.named_modules()
                      if name.split(".")[-1] in leaves)
-    tensors = {f"base_model.model.{name}": p for name, p in trained.items()}
-    if path:
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, path and path / "adapter_model.safetensors",
-                      lambda name: gathered(tensors[name]))
-    if path is None:
-        return
-    write_json(path / "longlora.json", {"context": model.config.max_position_embeddings,
-                                        "factor": model.config.interpolation_factor,
-                                        **({"quantize": "nf4"} if is_quantized(model) else {})})
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path / "adapter_model.safetensors",
+                      {f"base_model.model.{name}": p for name, p in trained.items()})
+    facts = {"context": model.config.max_position_embeddings,
+             "factor": model.config.interpolation_factor}
+    if is_quantized(model):
+        facts["quantize"] = "nf4"
+    write_json(path / "longlora.json", facts)
     write_json(path / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
@@ -893,72 +1126,125 @@ def save_adapter(model: Llama, path: str | Path | None) -> None:
 def load_adapter(model: Llama, path: str | Path, context: int | None = None) -> None:
     """Put a PEFT adapter, or one released with the paper, onto `model`, in place.
 
-    What it holds becomes float32 and trainable: call a bf16 model under autocast, or convert the
-    whole with `model.to(dtype)`. LoRA of the embedding or the head is merged into it. If the
-    adapter has more rows of the vocabulary than the model, in one of the two, the other's new rows
-    are the mean of its old ones. The window becomes that of longlora.json, then (or without one: a
-    released adapter does not tell) is extended to `context` tokens. Raises FileNotFoundError, and
-    ValueError for what it cannot honour or does not fit the model; then the model is as it was.
+    The adapter's weights become float32 and trainable: call a bfloat16 model under autocast, or
+    convert all of it by `model.to(dtype)`. LoRA of the head is merged into it. If the adapter has
+    more vocabulary rows than the model in embedding or head, the other's new rows are the mean of
+    its old ones. The window becomes that of longlora.json, then it is extended to `context` tokens
+    if that is given (released adapters do not record their context length). Raises
+    FileNotFoundError, and ValueError if the adapter is not supported or does not fit the model; the
+    model is then unchanged.
     """
     path = Path(path)
-    layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, (nn.Linear, nn.Embedding))}
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has LoRA already: merge_lora(model) first")
-    tensors, loras, extra = read_adapter(path, layers)
-    extended = adapter_window(path, model.config, context)
-    shapes = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    rows = max((tensors[name].shape[:1].numel() for name in (EMBED, HEAD) if name in tensors),
-               default=0)
-    if rows > model.config.vocab_size:
-        shapes[EMBED][0] = shapes[HEAD][0] = rows
-
+    refuse_lora(model, "merge_lora(model) first")
+    linears = {name: module for name, module in model.named_modules()
+               if isinstance(module, (nn.Linear, NF4Linear))}
+    tensors, loras = read_adapter(path, linears)
+    config = adapter_window(path, model.config, context)
+    rows = max([config.vocab_size] + [tensors[name].shape[:1].numel() for name in (EMBED, HEAD)
+                                      if name in tensors])
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes |= dict.fromkeys((EMBED, HEAD), (rows, config.hidden_size))
     updates = {}
-    for layer, (rank, scaling) in loras.items():
-        out_features, in_features = shapes[f"{layer}.weight"]
-        if isinstance(layers[layer], nn.Embedding):  # its update is the transpose of a linear one
-            A, B = f"{layer}.lora_embedding_A", f"{layer}.lora_embedding_B"
-            shapes |= {A: [rank, out_features], B: [in_features, rank]}
-        else:
-            A, B = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-            shapes |= {A: [rank, in_features], B: [out_features, rank]}
-        updates[layer] = A, B, scaling
-    needed = {name for A, B, _ in updates.values() for name in (A, B)}
-    if missing := sorted(needed - tensors.keys()):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, the first: {missing[0]}")
-    if ignored := sorted(extra - shapes.keys()):
-        warnings.warn(f"{path}: trainable_params.bin has {len(ignored)} weights that are not this "
-                      f"model's and are left out, the first: {ignored[0]}", stacklevel=2)
-    for name in tensors.keys() - set(ignored):
-        tensor, shape = tensors[name], shapes.get(name)
-        if shape is None:
-            raise ValueError(f"{path}: {name} is no weight of this model and adapter_config.json")
-        if list(tensor.shape) != shape or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {tensor.dtype} of shape {list(tensor.shape)}, "
-                             f"the model's has {shape}")
+    for layer, (rank, _) in loras.items():
+        out_features = rows if layer == "lm_head" else linears[layer].out_features
+        updates[f"{layer}.lora_A.weight"] = (rank, linears[layer].in_features)
+        updates[f"{layer}.lora_B.weight"] = (out_features, rank)
+    foreign = sorted(tensors.keys() - shapes.keys() - updates.keys())
+    if foreign and (path / "trainable_params.bin").is_file():
+        warnings.warn(f"{path}: {len(foreign)} weights are not of this model and are left out, the "
+                      f"first: {foreign[0][:200]}", stacklevel=2)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in foreign}
+    check_tensors(path, tensors, shapes | updates, required=updates)
 
     # All is checked: from here on the model changes.
-    model.config = model.model.config = extended
-    if {EMBED, HEAD} & tensors.keys() or {"model.embed_tokens", "lm_head"} & updates.keys():
-        untie(model)
-    if rows > model.config.vocab_size:
-        add_rows(model, rows)
-    for layer, (A, B, scaling) in updates.items():
-        A, B = (tensors.pop(name).to(layers[layer].weight.device, torch.float32) for name in (A, B))
-        if layer.startswith("model.layers."):
-            lora = LoRALinear(layers[layer], len(A), scaling * len(A))
-            lora.lora_A.weight.data, lora.lora_B.weight.data = A.clone(), B.clone()
-            parent, _, leaf = layer.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, lora)
+    model.model.config = config
+    if {EMBED, HEAD} & tensors.keys() or "lm_head" in loras:
+        untie_lm_head(model)
+    if rows > config.vocab_size:
+        resize_token_embeddings(model, rows)
+    for layer, (rank, scaling) in loras.items():
+        device = next(iter(linears[layer].state_dict().values())).device
+        A, B = (tensors.pop(f"{layer}.lora_{x}.weight").to(device, torch.float32, copy=True)
+                for x in "AB")
+        if layer == "lm_head":
+            W = tensors.get(HEAD, model.lm_head.weight).to(device)
+            tensors[HEAD] = W.float().addmm(B, A, alpha=scaling)
             continue
-        if isinstance(layers[layer], nn.Embedding):
-            A, B = B.T, A.T
-        W = tensors.get(f"{layer}.weight", layers[layer].weight).to(A.device)
-        tensors[f"{layer}.weight"] = with_update(W, A, B, scaling, torch.float32)
+        lora = LoRALinear(linears[layer], rank, scaling * rank, torch.float32)
+        lora.lora_A.weight.data, lora.lora_B.weight.data = A, B
+        parent, _, leaf = layer.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, lora)
     for name, p in model.named_parameters():
-        if name in tensors:
-            p.data = tensors[name].to(p.device, torch.float32, copy=True)
-        p.requires_grad_(name in tensors or "lora_" in name)
+        plain = name.replace(".base.", ".")
+        if plain in tensors:
+            p.data = tensors[plain].to(p.device, torch.float32, copy=True)
+        p.requires_grad_(plain in tensors or "lora_" in name)
+
+
+def read_adapter(path: Path, linears: Iterable[str]
+                 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, float]]]:
+    """An adapter's tensors under the model's names; and rank and scaling of those of the model's
+    `linears` that have LoRA. Raises FileNotFoundError, and ValueError for what is not supported."""
+    file, tensors = path / "adapter_config.json", {}
+    config = read_json(file)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"{file}: peft_type {kind!r} is not supported, only 'LORA'")
+    for name, value in config.items():
+        if value and name not in IMPLEMENTED and value not in HARMLESS.get(name, []):
+            raise ValueError(f"{file}: {name} {value!r} is not supported")
+    files = tensor_files(path, "adapter_model.safetensors", "adapter_model.bin")
+    if (released := path / "trainable_params.bin").is_file():
+        files.append(released)
+    for name, tensor in (pair for each in files for pair in read_tensors(each)):
+        # PEFT's names of the adapter and of its wrappers, in files that kept them
+        name = re.sub(r"\.(default|modules_to_save|base_layer)(?=\.)", "",
+                      name.removeprefix("base_model.model."))
+        if "lora_embedding_" in name:
+            raise ValueError(f"{path}: LoRA on {name.split('.lora_')[0]} is not supported: merge "
+                             "the adapter by PEFT")
+        if not name.endswith("rotary_emb.inv_freq"):
+            tensors.setdefault(name, tensor)
+
+    found = {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
+    targets, saved = config.get("target_modules"), config.get("modules_to_save") or []
+    if isinstance(targets, list) and not (
+            config.get("layers_to_transform") or config.get("exclude_modules")):
+        found = {name for name in linears
+                 if any(f".{name}".endswith(f".{target}") for target in targets)}
+    loras = {name: rank_and_scaling(file, config, name) for name in linears if name in found}
+    if not loras:
+        raise ValueError(f"{file}: target_modules {targets!r} names no layer of this model")
+    if not isinstance(saved, list):
+        raise ValueError(f"{file}: modules_to_save must be a list of names or null")
+    for module in saved:
+        if type(module) is not str or not any(name.endswith(f"{module}.weight")
+                                              for name in tensors):
+            raise ValueError(f"{file}: modules_to_save has {module!r}, but no file has its weights")
+    return tensors, loras
+
+
+def rank_and_scaling(file: Path, config: dict, layer: str) -> tuple[int, float]:
+    """A layer's rank and the scaling of its update: alpha / rank, or alpha / sqrt(rank) (rsLoRA).
+    Raises ValueError."""
+
+    def value(field: str, pattern_field: str) -> object:
+        patterns = config.get(pattern_field) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{file}: {pattern_field} must be an object, got {patterns!r}")
+        for pattern, special in patterns.items():
+            if not re.fullmatch(r"\^?[\w.]+\$?", pattern):
+                raise ValueError(f"{file}: {pattern_field} {pattern[:100]!r} is not supported, "
+                                 "only names of layers and their ends")
+            if f".{layer}".endswith(f".{pattern.strip('^$')}"):
+                return special
+        return config.get(field)
+
+    rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
+    if type(rank) is not int or not 1 <= rank < 1 << 31 or not (
+            type(alpha) in (int, float) and abs(alpha) < 1e30):
+        raise ValueError(f"{file}: expected numbers as r and lora_alpha of {layer}, got {rank!r} "
+                         f"and {alpha!r}")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def adapter_window(path: Path, config: LlamaConfig, context: int | None) -> LlamaConfig:
@@ -975,49 +1261,64 @@ def adapter_window(path: Path, config: LlamaConfig, context: int | None) -> Llam
                              f"{trained} tokens of this model take "
                              f"{config.interpolation_factor:g}: it belongs to another base")
     elif context is None and (path / "trainable_params.bin").exists():
-        warnings.warn(f"{path} does not say for what context it was trained: say it, or positions "
-                      "stay as the base has them", stacklevel=3)
+        warnings.warn(f"{path} does not record its context length: without one, positions stay as "
+                      "the base has them", stacklevel=3)
     return config.extended(context) if context else config
 
 
-def add_rows(model: Llama, rows: int) -> None:
+def resize_token_embeddings(model: Llama, rows: int) -> None:
     """Let embedding and head have `rows` rows, the new ones the mean of the old."""
     for module in (model.model.embed_tokens, model.lm_head):
         W = module.weight.detach()
         mean = W.mean(0, keepdim=True, dtype=torch.float32).to(W.dtype)
         module.weight = nn.Parameter(torch.cat([W, mean.expand(rows - len(W), -1)]))
-    config = dataclasses.replace(model.config, vocab_size=rows)
-    model.config = model.model.config = config
+    model.model.config = dataclasses.replace(model.config, vocab_size=rows)
 
 
 # ==================================================================================================
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Scripts run inside this: bad input ends in one line and exit status 2. With TRACEBACK=1 in
+    the environment it ends in a traceback, for those who change the code."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine says it
+            text = " ".join(str(error).split())[:1000]
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a Llama, with an adapter merged or without "
-                                     "one, as a Hugging Face folder.")
+    parser = argparse.ArgumentParser(description="Write a Llama, with or without an adapter merged "
+                                     "into it, as a Hugging Face folder.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sub = commands.add_parser("merge", help="merge an adapter into its base")
-    sub.add_argument("--model", required=True, help="folder of the base, Hugging Face's or Meta's")
-    sub.add_argument("--adapter", help="folder of the adapter (none: the base is written anew)")
+    sub.add_argument("--model", required=True, help="folder of the base")
+    sub.add_argument("--adapter", help="folder of the adapter (without: the base is written anew)")
     sub.add_argument("--out", required=True, help="folder to make")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                     help="of what is written (as the base has it)")
-    sub.add_argument("--extend", type=int, metavar="TOKENS", help="interpolate positions to so "
-                     "many tokens (what the adapter says; a released one says nothing)")
+                     help="dtype of the written weights (as in the base)")
+    sub.add_argument("--extend", type=int, metavar="TOKENS", help="interpolate positions to this "
+                     "many tokens (as the adapter records; released adapters do not)")
     args = parser.parse_args()
     if args.extend is not None and args.extend < 1:
         raise ValueError(f"--extend must be at least 1, got {args.extend}")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     merge(args.model, args.adapter, args.out, dtype, args.extend)
-    notes = args.adapter and Path(args.adapter, "longlora.json")
-    if notes and notes.exists() and "quantize" in read_json(notes):
+    facts = Path(args.adapter or "", "longlora.json")
+    if args.adapter and facts.exists() and "quantize" in read_json(facts):
         print("The adapter was trained on this base in 4 bits (nf4); it is merged into the "
               "original weights, which differ a little from those")
     print(f"Written to {args.out}. Next:\n  python eval.py perplexity --model {args.out}")
 
 
 if __name__ == "__main__":
-    from data.prepare import one_line_errors
     with one_line_errors():
         main()

@@ -1,22 +1,22 @@
-"""Text in, token files out.
+"""Text in, token files out: the data of training and evaluation.
 
-A token file is raw token ids and nothing else, end to end: uint16, or uint32 where the vocabulary
-needs it. Documents are joined by `</s>`, as in the paper (Section 4.1), so that a window of any
-length may be cut from anywhere.
+A token file is a flat array of token ids, uint16, or uint32 for a vocabulary above 65,536.
+Documents are joined by the end-of-text token (the paper's Section 4.1): a window of any length may
+be cut from anywhere. Instructions have an index beside it, FILE.samples: int64 pairs, where a
+sample ends and how long its prompt is.
 
     python data/prepare.py                # the standard library -> train.bin, valid.bin, test.bin
     python data/prepare.py --tests        # the same, with the test suites in train+tests.bin
+    python data/prepare.py --questions    # instructions about the standard library's files
     python data/prepare.py book.txt folder/ --tokenizer llama/tokenizer.model --out corpus.bin
     python data/prepare.py LongAlpaca-12k.json --tokenizer ... --out alpaca.bin  # instructions
-    python data/prepare.py --questions    # instructions about the standard library's files
-    python data/prepare.py --new-tokenizer 2048 --tokenizer data/tiny-llama/tokenizer.model
 
-The corpus that every machine has is the Python standard library, read in place from the running
-interpreter. A hash of its relative path puts each file into training (90%), validation (5%:
-settings are chosen on it) or test (5%: results are reported on it), so the split is the same on
-every machine and every Python version.
+The corpus that every machine has is the Python standard library. A hash of its relative path puts
+each file into training (90%), validation (5%: settings are chosen on it) or test (5%: results are
+reported on it): the same split on every machine and for every Python version.
 """
 import argparse
+import ast
 import contextlib
 import hashlib
 import json
@@ -27,9 +27,9 @@ import random
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import numpy as np
 import sentencepiece
@@ -37,26 +37,288 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 CACHE = HERE / "tokens"
-TESTS = {"test", "tests", "idle_test"}
-SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the scripts run in: bad input ends in one line and exit status 2, not in a traceback."""
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, renamed when written: `path` is complete or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's processes one says it
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}",
-                  file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+def parse_json(data: bytes, name: str, errors: str = "strict") -> object:
+    """The value of JSON in UTF-8. Raises ValueError, which begins with `name`."""
+    try:
+        return json.loads(data.decode("utf-8-sig", errors))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON in UTF-8 ({error})") from None
+
+
+def json_object(path: Path) -> dict:
+    """The JSON object in a small file, {} if there is no such file. Raises ValueError."""
+    value = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def json_records(path: Path, errors: str = "strict") -> Iterator[tuple[str, object, int]]:
+    """The values of a JSON list ("record 1", value, bytes), which is read as a whole, or of JSON
+    lines ("line 1", value, bytes). `errors` as in bytes.decode. Raises ValueError."""
+    with open(path, "rb") as file:
+        start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if start.startswith(b"["):
+            data = file.read()
+            values = parse_json(data, str(path), errors)
+            for number, value in enumerate(values, 1):
+                yield f"record {number}", value, len(data) // len(values)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                value = parse_json(line, f"{path}, line {number}", errors)
+                yield f"line {number}", value, len(line)
 
 
 # --------------------------------------------------------------------------------------------------
-# Documents
+# Tokenizers
+
+class SentencePieceTokenizer:
+    """A tokenizer.model and the {text: id} of an added_tokens.json beside it. `vocab_size` is the
+    highest id + 1; `pieces` counts no added tokens, which may lie beyond a model's vocabulary as
+    long as no text has them; `key` names cached files. Raises ValueError."""
+
+    def __init__(self, path: Path):
+        model, beside = path.read_bytes(), path.parent / "added_tokens.json"
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
+        self.added = json_object(beside)
+        for text, id in self.added.items():
+            if not text or type(id) is not int or not 0 <= id < 1 << 31:
+                raise ValueError(f"{beside}: expected texts and token ids, got {text!r}: {id!r}")
+        self.added_texts = {id: text for text, id in self.added.items()}
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.added_pattern = re.compile(f"({'|'.join(longest_first)})")
+        self.pieces = self.processor.vocab_size()
+        self.vocab_size = 1 + max([self.pieces - 1, *self.added_texts])
+        if self.added:
+            model += repr(sorted(self.added.items())).encode()
+        self.key = short_hash(model)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS and EOS. Added tokens split it into texts of their own."""
+        text, ids = text.encode("utf-8", "replace").decode(), []  # JSON may hold lone surrogates
+        for part in self.added_pattern.split(text) if self.added else [text]:
+            if part in self.added:
+                ids.append(self.added[part])
+            else:
+                ids += self.processor.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without BOS and EOS."""
+        text, run = "", []
+        for id in map(int, ids):
+            if id in self.added_texts:
+                text += self.processor.decode(run) + self.added_texts[id]
+                run = []
+            else:
+                run.append(id)
+        return text + self.processor.decode(run)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json (Llama 3's), read by the optional `tokenizers` package. BOS and EOS come
+    from the config files beside it; without a BOS (Qwen's) EOS stands for it. Raises ValueError."""
+
+    def __init__(self, path: Path):
+        model = path.read_bytes()
+        try:
+            import tokenizers
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
+        except ImportError:
+            raise ValueError(f"{path}: to read it, pip install tokenizers") from None
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        self.tokenizer.no_truncation()  # a tokenizer.json may ask for either
+        self.tokenizer.no_padding()
+        self.pieces = self.tokenizer.get_vocab_size(with_added_tokens=False)
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+        bos_id, self.eos_id = (self.special_id(name, path.parent) for name in ("bos", "eos"))
+        if self.eos_id is None:
+            raise ValueError(f'{path}: no "eos_token" in the config files beside it')
+        self.bos_id = self.eos_id if bos_id is None else bos_id
+        self.key = short_hash(model + repr((self.bos_id, self.eos_id)).encode())
+
+    def special_id(self, name: str, folder: Path) -> int | None:
+        """The id of the "bos" or "eos" that a tokenizer's config file names, else a model's."""
+        token = json_object(folder / "tokenizer_config.json").get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids = [self.tokenizer.token_to_id(token)] if isinstance(token, str) else []
+        for file in ("config.json", "generation_config.json"):
+            found = json_object(folder / file).get(f"{name}_token_id")
+            ids += found if isinstance(found, list) else [found]
+        return next((id for id in ids if type(id) is int and 0 <= id < self.vocab_size), None)
+
+    def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
+
+
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+Piece = tuple[list[int], int, int]  # ids, how many of them are a prompt, bytes read for them
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer in a file or a model folder: its tokenizer.model, else its tokenizer.json.
+    Raises FileNotFoundError, ValueError, also for more pieces than the model's `vocab_size`."""
+    path = Path(path)
+    candidates = (path, path / "tokenizer.model", path / "tokenizer.json")
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no such file, and no folder with a tokenizer.model or "
+                                "tokenizer.json, without which only .bin data can be read")
+    kind = HuggingFaceTokenizer if file.suffix == ".json" else SentencePieceTokenizer
+    tokenizer = kind(file)
+    if vocab_size and tokenizer.pieces > vocab_size:
+        raise ValueError(f"{file}: {tokenizer.pieces:,} pieces, the model only {vocab_size:,}")
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------
+# Corpora: texts, and the Python standard library
+
+def text_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The .txt and .jsonl files among `paths` and in the folders among them. Raises ValueError."""
+    files = []
+    for path in map(Path, paths):
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix in (".txt", ".jsonl") and file.is_file()]
+        if not found:
+            problem = "no text" if path.exists() else "no such file or folder"
+            raise ValueError(f"{path}: {problem}; expected .txt, .jsonl, a folder of them, a .bin "
+                             "token file, or, where these are asked for, a file of instructions")
+        files += found
+    return files
+
+
+def documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The documents in a file, EOS behind each: every "text" of a .jsonl, or the whole of another
+    file, which comes in pieces of whole lines, about a megabyte each. Raises ValueError."""
+    if path.suffix != ".jsonl":
+        with open(path, encoding="utf-8", errors="replace") as file:
+            while lines := file.readlines(1 << 20):
+                text = "".join(lines)
+                yield tokenizer.encode(text), 0, len(text)
+        yield [tokenizer.eos_id], 0, 0
+        return
+    for place, record, size in json_records(path, errors="replace"):
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, {place}: no "text"; instructions go into their own file')
+        yield [*tokenizer.encode(text), tokenizer.eos_id], 0, size
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def index_of(token_file: Path) -> Path:
+    return token_file.with_suffix(".samples")
+
+
+def write_tokens(files: list[Path], tokenizer: Tokenizer, out: Path,
+                 encode: Callable) -> tuple[int, list[tuple[int, int]]]:
+    """Write the pieces that `encode` makes of each file to the token file `out`. Returns the number
+    of tokens, and of each sample its end and its prompt's length. Raises ValueError for no text."""
+    dtype, count, index = token_dtype(tokenizer.vocab_size), 0, []
+    size = sum(path.stat().st_size for path in files)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=out.name, leave=False)
+    with bar, new_file(out) as file:
+        for ids, prompt, read in (piece for path in files for piece in encode(path, tokenizer)):
+            np.asarray(ids, dtype).tofile(file)
+            count += len(ids)
+            if prompt:
+                index.append((count, prompt))
+            bar.update(read)
+        if not count:
+            raise ValueError(f"{', '.join(map(str, files[:3]))}: no text in it")
+        index_of(out).unlink(missing_ok=True)  # it describes the file that is replaced now
+    return count, index
+
+
+def write_texts(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
+    """Encode texts into the token file `out`; returns the number of tokens. Raises ValueError."""
+    return write_tokens(files, tokenizer, out, documents)[0]
+
+
+def cached(name: str, files: list[Path], tokenizer: Tokenizer, write: Callable) -> Path:
+    """The token file of `files` in their present state, made at the first call, in data/tokens."""
+    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    out = CACHE / f"{name}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
+    written_last = out if write is write_texts else index_of(out)
+    if not written_last.exists():
+        write(files, tokenizer, out)
+    return out
+
+
+def map_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:
+    """The ids (N,) in a token file, memory-mapped. Raises FileNotFoundError, ValueError."""
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
+    tokens = np.memmap(path, dtype, mode="r")
+    if (highest := int(tokens.max())) >= vocab_size:
+        raise ValueError(f"{path}: token id {highest} is beyond the vocabulary of {vocab_size}")
+    return tokens
+
+
+def open_tokens(data: str, model_path: str | Path, vocab_size: int,
+                split: str | None = None) -> np.ndarray:
+    """The token ids (N,) of `data`: "stdlib", "stdlib+tests", a .bin token file, or texts, which
+    are encoded with the model's tokenizer, once. The library is split by file (`split` None:
+    "test"); of other data "valid" and "test" are the last two twentieths, a million tokens each at
+    most, and None is all. Raises FileNotFoundError, ValueError."""
+    library = data in ("stdlib", "stdlib+tests")
+    path, dtype = Path(data), token_dtype(vocab_size)
+    if path.suffix != ".bin":
+        tokenizer = load_tokenizer(model_path, vocab_size)
+        dtype = token_dtype(tokenizer.vocab_size)
+        if library:
+            with_tests = data == "stdlib+tests" and split == "train"
+            path = library_tokens(tokenizer, "train+tests" if with_tests else split or "test")
+        else:
+            path = cached(path.stem, text_files([path]), tokenizer, write_texts)
+    tokens = map_tokens(path, dtype, vocab_size)
+    if library or split is None:
+        return tokens
+    held_out = min(len(tokens) // 20, 1_000_000)
+    first, second = len(tokens) - 2 * held_out, len(tokens) - held_out
+    return {"train": tokens[:first], "valid": tokens[first:second], "test": tokens[second:]}[split]
+
+
+TESTS = {"test", "tests", "idle_test"}
+SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 def split_of(name: str) -> str:
@@ -65,371 +327,59 @@ def split_of(name: str) -> str:
     return {0: "valid", 1: "test"}.get(twentieth, "train")
 
 
-def library_files(split: str, tests: bool = False) -> list[Path]:
-    """The standard library's own sources in one split; `tests` adds its test suites (to "train"
-    alone), where installed.
-
-    Raises FileNotFoundError where this Python came without its sources.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
+def library_files(split: str) -> list[Path]:
+    """The standard library's source files in one split; "train+tests" is "train" and the library's
+    test suites, where installed. Raises FileNotFoundError if this Python has no sources."""
+    root, files = Path(sysconfig.get_path("stdlib")), []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        # _sysconfigdata*.py is written by the build of each machine, and is no source.
         if SKIPPED & set(parts) or parts[-1].startswith("_sysconfigdata"):
-            continue
-        if TESTS & set(parts[:-1]):
-            if tests and split == "train":
-                files.append(path)
-        elif split_of("/".join(parts)) == split:
+            continue  # the latter is written by the build of each machine
+        own_split = "tests" if TESTS & set(parts[:-1]) else split_of("/".join(parts))
+        if own_split in split.split("+"):
             files.append(path)
     if not files:
-        raise FileNotFoundError(f"no Python sources in {root}: "
-                                "give --data a text or token file of your own")
+        raise FileNotFoundError(f"no Python sources in {root}: give --data a file of your own")
     return files
 
 
-def text_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The .txt and .jsonl files named, and those in the folders named. Raises FileNotFoundError,
-    ValueError."""
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*")
-                           if p.suffix in (".txt", ".jsonl") and p.is_file())
-            if not found:
-                raise ValueError(f"{path}: no .txt or .jsonl file in this folder (instructions "
-                                 "are given as one file)")
-            files += found
-        elif not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        elif path.suffix in (".txt", ".jsonl"):
-            files.append(path)
-        else:
-            raise ValueError(f"{path}: not a text; expected .txt, .jsonl, a folder of them, "
-                             "a .bin token file, or, where these are asked for, instructions")
-    return files
-
-
-def documents(path: Path) -> Iterator[tuple[str | None, int]]:
-    """The documents of a file in pieces, each with the characters read for it; None ends one.
-
-    Each record of a .jsonl is a document ("text"), every other file is one; that comes in pieces of
-    whole lines, about a megabyte each: a line must fit into memory.
-    """
-    if path.suffix != ".jsonl":
-        with open(path, encoding="utf-8", errors="replace") as file:
-            while lines := file.readlines(1 << 20):
-                piece = "".join(lines)
-                yield piece, len(piece)
-        yield None, 0
-        return
-    for place, record, read in records(path, errors="replace"):
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f'{path}, {place}: expected an object with a "text" string '
-                             "(instructions are given as one file of nothing else)")
-        yield text.encode("utf-8", "replace").decode(), read  # JSON may hold half a pair
-        yield None, 0
-
-
-PIECE = 1 << 20  # characters of a JSON list that are read at a time
-
-
-def records(path: Path, errors: str = "strict") -> Iterator[tuple[str, object, int]]:
-    """The values of a JSON list, or of JSON lines: the place of each ("record 3", "line 3"), the
-    value, and the characters read for it. One at a time: the whole need not fit into memory. Raises
-    ValueError for what is not JSON, naming the place, and (or what `errors` says) not UTF-8."""
-    with open(path, encoding="utf-8-sig", errors=errors) as file:
-        start = file.read(1024).lstrip()[:1]  # not a line: a whole list may stand in one
-        file.seek(0)
-        if start == "[":
-            yield from list_items(path, file)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                with json_at(path, f"line {number}"):
-                    value = json.loads(line)
-                yield f"line {number}", value, len(line)
-
-
-@contextlib.contextmanager
-def json_at(path: Path, place: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, {place}: not JSON ({error})") from None
-
-
-def list_items(path: Path, file: TextIO) -> Iterator[tuple[str, object, int]]:
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
-    text, at, number = "", 0, 0
-
-    def peek() -> str:
-        """The next character that is no white space; "" where the file ends."""
-        nonlocal text, at
-        while (at := space.match(text, at).end()) == len(text) and (piece := file.read(PIECE)):
-            text, at = piece, 0
-        return text[at:at + 1]
-
-    peek()
-    at += 1  # behind "["
-    found = "]" if peek() == "]" else ","
-    at += found == "]"
-    while found != "]":
-        number += 1
-        peek()
-        with json_at(path, f"record {number}"):
-            while True:
-                try:
-                    value, end = decode(text, at)
-                    break
-                except json.JSONDecodeError as error:
-                    # Perhaps only the piece ends here: then what is wrong is at its end.
-                    cut = "Unterminated" in error.msg or error.pos > len(text) - 16
-                    piece = file.read(max(PIECE, len(text) - at)) if cut else ""
-                    if not piece:  # without a position, which would be one in a piece
-                        raise ValueError(error.msg) from None
-                    text, at = text[at:] + piece, 0
-        yield f"record {number}", value, end - at
-        at = end
-        found = peek()
-        at += 1
-        if found not in ("]", ","):
-            raise ValueError(f"{path}, record {number}: expected , or ] behind it, got "
-                             f"{repr(found) if found else 'the end of the file'}")
-    if peek():
-        raise ValueError(f"{path}: not JSON (there is more behind the list)")
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokens
-
-
-class Tokenizer:
-    """A SentencePiece model and the tokens that its folder adds to it, {text: id}. What stands
-    between added tokens is encoded as a text of its own."""
-
-    def __init__(self, proto: bytes, added: dict[str, int]):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.added, self.texts = added, {id: text for text, id in added.items()}
-        self.bos_id, self.eos_id = self.pieces.bos_id, self.pieces.eos_id
-        self.key = short_hash(proto + repr(sorted(added.items())).encode() * bool(added))
-        longest_first = sorted(added, key=len, reverse=True)
-        self.split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
-
-    def vocab_size(self) -> int:
-        return max(self.pieces.vocab_size(), *(id + 1 for id in self.texts), 0)
-
-    def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()  # a str may hold half a pair
-        if not self.added:
-            return self.pieces.encode(text)
-        parts = enumerate(self.split(text))  # every second one is an added token
-        ids = [[self.added[part]] if i % 2 else self.pieces.encode(part) for i, part in parts]
-        return sum(ids, [])
-
-    def decode(self, ids: list[int]) -> str:
-        text, run = "", []
-        for id in [*map(int, ids), None]:
-            if id is not None and id not in self.texts:
-                run.append(id)
-                continue
-            text += self.pieces.decode(run) + self.texts.get(id, "")
-            run = []
-        return text
-
-
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """A SentencePiece model, with the added tokens beside it; `path` is the file, or a model folder
-    with a `tokenizer.model`.
-
-    Raises FileNotFoundError, and ValueError if it has more pieces than `vocab_size`, the model's.
-    (Added tokens may be beyond the model, as long as no text has them.)
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.model"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; without a SentencePiece tokenizer texts "
-                                "cannot be read or written; train.py and eval.py perplexity can "
-                                "take a token file, --data FILE.bin")
-    added, beside = {}, path.parent / "added_tokens.json"
-    if beside.is_file():
-        try:
-            added = json.loads(beside.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{beside}: not JSON ({error})") from None
-        if not isinstance(added, dict) or not all(
-                text and type(id) is int and 0 <= id < 1 << 31 for text, id in added.items()):
-            raise ValueError(f"{beside}: expected an object of texts and their token ids")
-    try:
-        tokenizer = Tokenizer(path.read_bytes(), added)
-    except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model, without which texts cannot be read "
-                         "or written; train.py and eval.py perplexity can take a token file, "
-                         "--data FILE.bin") from None
-    if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
-        raise ValueError(f"{path}: a Llama's tokenizer has <s> and </s>, this one does not")
-    if vocab_size and (pieces := tokenizer.pieces.vocab_size()) > vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {pieces} pieces, the model only {vocab_size}")
-    return tokenizer
-
-
-def token_dtype(vocab_size: int) -> type:
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def write_tokens(pieces: Iterable[tuple[list[int], int]], files: list[Path], tokenizer: Tokenizer,
-                 out: Path) -> int:
-    """Write the token file `out` from `pieces`, ids and the characters that were read of `files`
-    for them; returns the number of tokens. Complete or absent."""
-    dtype, count = token_dtype(tokenizer.vocab_size()), 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    size = sum(path.stat().st_size for path in files)
-    try:
-        with (open(partial, "wb") as sink,
-              tqdm(total=size, unit="B", unit_scale=True, desc=out.name, leave=False) as bar):
-            for ids, read in pieces:
-                np.asarray(ids, dtype).tofile(sink)
-                count += len(ids)
-                bar.update(read)
-        if not count:
-            raise ValueError(f"{', '.join(map(str, files[:3]))}: no text in it")
-        index_of(out).unlink(missing_ok=True)  # of what was there
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def index_of(path: Path) -> Path:
-    """Where the samples in a token file of instructions are: see data/instruct.py."""
-    return path.with_suffix(".samples")
-
-
-def write_texts(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
-    """Encode texts into the token file `out`, `</s>` behind each document; returns the number of
-    tokens."""
-    pieces = (([tokenizer.eos_id()] if text is None else tokenizer.encode(text), read)
-              for path in files for text, read in documents(path))
-    return write_tokens(pieces, files, tokenizer, out)
-
-
-def library_tokens(tokenizer_path: str | Path, split: str, tests: bool = False) -> Path:
-    """The token file of one split of the standard library, made at the first call and kept in
-    data/tokens."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    key = f"stdlib-{platform.python_version()}-{tokenizer.key}"
-    out = CACHE / key / f"{split}{'+tests' if tests else ''}.bin"
+def library_tokens(tokenizer: Tokenizer, split: str) -> Path:
+    """The token file of a split of the library, made at the first call, kept in data/tokens."""
+    out = CACHE / f"stdlib-{platform.python_version()}-{tokenizer.key}" / f"{split}.bin"
     if not out.exists():
-        write_texts(library_files(split, tests), tokenizer, out)
+        write_texts(library_files(split), tokenizer, out)
     return out
 
 
-def text_tokens(path: str | Path, tokenizer_path: str | Path) -> Path:
-    """The token file of a text or a folder of texts, made anew when they change and kept in
-    data/tokens."""
-    files, tokenizer = text_files([path]), load_tokenizer(tokenizer_path)
-    out = cached(Path(path).stem, files, tokenizer)
-    if not out.exists():
-        write_texts(files, tokenizer, out)
-    return out
-
-
-def cached(name: str, files: list[Path], tokenizer: Tokenizer) -> Path:
-    """Where the tokens of `files`, as they are now, are kept under a name."""
-    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return CACHE / f"{name}-{short_hash(repr(state).encode())}-{tokenizer.key}.bin"
-
-
-def open_tokens(data: str, model_path: str, vocab_size: int,
-                split: str | None = None) -> np.ndarray:
-    """The token ids (N,) of `data`, mapped: "stdlib", "stdlib+tests", a .bin token file, or texts.
-
-    `split` is "train", "valid" or "test". The library is split by file (None: "test"); of other
-    data "valid" and "test" are the last two twentieths, a million tokens each at most, and None is
-    all. Texts are encoded with the model's tokenizer, once, into data/tokens. Raises
-    FileNotFoundError, and ValueError for an empty file or ids beyond the vocabulary.
-    """
-    library = data in ("stdlib", "stdlib+tests")
-    pieces = vocab_size
-    if Path(data).suffix != ".bin":  # as wide as the tokenizer wrote them
-        pieces = load_tokenizer(model_path, vocab_size).vocab_size()
-    if library:
-        tests = data.endswith("tests") and split == "train"
-        path = library_tokens(model_path, split or "test", tests)
-    elif Path(data).suffix == ".bin":
-        path = Path(data)
-    else:
-        path = text_tokens(data, model_path)
-    tokens = map_tokens(path, pieces, vocab_size)
-    if split and not library:
-        held_out = min(len(tokens) // 20, 1_000_000)
-        first, second = len(tokens) - 2 * held_out, len(tokens) - held_out
-        part = {"train": slice(first), "valid": slice(first, second), "test": slice(second, None)}
-        tokens = tokens[part[split]]
-    return tokens
-
-
-def map_tokens(path: Path, pieces: int, vocab_size: int) -> np.ndarray:
-    """The ids in a token file, mapped, that a tokenizer of so many `pieces` wrote. Raises as
-    `open_tokens`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such token file")
-    dtype, size = np.dtype(token_dtype(pieces)), path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path}: not a token file of {dtype.name} ids: it has {size} bytes")
-    tokens = np.memmap(path, dtype, mode="r")
-    for start in range(0, len(tokens), 1 << 24):
-        if (highest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
-            raise ValueError(f"{path}: token id {highest} is beyond the vocabulary of {vocab_size}")
-    return tokens
-
-
-def short_hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:8]
-
-
 # --------------------------------------------------------------------------------------------------
-# Passkey documents: a number hidden in filler, asked for at the end
+# Passkey documents: a number hidden in filler, asked for at the end (Section 4.2)
 
 FILLER = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
           "There and back again. ")
+PASSKEY_TOKENS = 128  # the shortest passkey document in training
 
 
-def passkey_prompt(tokenizer, key: int, first: str, second: str) -> tuple[list[int], int]:
-    """The ids of a prompt with its answer, BOS first, and how many at the end are the answer: five
-    lines, a number between two stretches of filler (Section 4.2)."""
-    question = "\n".join([
-        "A pass key is hidden in the text below. Find it and remember it.",
-        first,
-        f"The pass key is {key}. Remember it. {key} is the pass key.",
-        second,
-        "What is the pass key? The pass key is",
-    ])
-    ids = [tokenizer.bos_id(), *tokenizer.encode(f"{question} {key}")]
-    return ids, len(ids) - 1 - len(tokenizer.encode(question))
+def passkey_prompt(tokenizer: Tokenizer, key: int, before: str,
+                   behind: str) -> tuple[list[int], int]:
+    """The ids of a prompt with its answer, BOS first, and how many at the end are the answer."""
+    prompt = ("A pass key is hidden in the text below. Find it and remember it.\n"
+              f"{before}\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+              f"{behind}\nWhat is the pass key? The pass key is")
+    ids = [tokenizer.bos_id, *tokenizer.encode(f"{prompt} {key}")]
+    return ids, len(ids) - 1 - len(tokenizer.encode(prompt))
 
 
-def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out: bool,
+def passkey_document(tokenizer: Tokenizer, length: int, rng: np.random.Generator, held_out: bool,
                      depths: tuple[float, float] = (0.0, 1.0)) -> tuple[list[int], int]:
-    """A passkey prompt with its answer: at most `length` token ids, BOS first, and how many at the
-    end are the answer.
-
-    The key (1 to 50,000) and its depth (characters of filler before it, as a share within `depths`)
-    are drawn from `rng`. Those whose last digit is 3 are held out: training draws only others
-    (`held_out=False`), evaluation only those. Raises ValueError if `length` is too short for the
-    prompt.
-    """
+    """A passkey prompt of at most `length` tokens, as `passkey_prompt` gives it. The key (1 to
+    50,000) and its depth (characters of filler before it, as a share within `depths`) are drawn
+    from `rng`: numbers that end in 3 if `held_out`, others in training. Raises ValueError if the
+    prompt does not fit."""
     key = int(rng.integers(1, 50_001))
     while (key % 10 == 3) != held_out:
         key = int(rng.integers(1, 50_001))
-    low, high = depths
-    depth = low + (high - low) * rng.random()
-    characters = 4 * length
-    while True:
+    depth, characters = rng.uniform(*depths), 4 * length
+    while True:  # with less filler, until the document fits
         filler = FILLER * (characters // len(FILLER) + 1)
         before = int(depth * (characters - 9))
         while (before % 10 == 3) != held_out:
@@ -442,10 +392,9 @@ def passkey_document(tokenizer, length: int, rng: np.random.Generator, held_out:
         characters = max(10, characters - max(1, 2 * (len(ids) - length)))
 
 
-def official_passkey(tokenizer, length: int, seed: int) -> tuple[list[int], int, float]:
-    """The official evaluation's prompt for a nominal `length` and a seed, as `passkey_document`
-    gives it, and the key's depth, 0 to 1. Its filler has 3.75 characters a token, rounded down to
-    a multiple of 1,024; its keys are not held out from anybody's training."""
+def official_passkey(tokenizer: Tokenizer, length: int, seed: int) -> tuple[list[int], int, float]:
+    """The official evaluation's prompt for a nominal `length` (3.75 characters of filler a token,
+    in steps of 1,024) and a seed, and the key's depth, 0 to 1. No key is held out."""
     characters, draw = int(3.75 * length // 1024 * 1024), random.Random(seed)
     filler = FILLER * (characters // len(FILLER) + 1)
     before, key = draw.randint(0, characters), draw.randint(1, 50_000)
@@ -453,135 +402,259 @@ def official_passkey(tokenizer, length: int, seed: int) -> tuple[list[int], int,
     return ids, n, before / max(1, characters)
 
 
-PASSKEY_TOKENS = 128  # the shortest document that training makes
-
-
-def passkey_documents(tokenizer, room: int, rng: np.random.Generator) -> list[int]:
-    """Training's passkey documents end to end, as long as one finds `room` (tokens).
-
-    Their lengths are drawn evenly on a log scale: the short ones are learned first, and teach the
-    long. Raises ValueError as `passkey_document`.
-    """
+def passkey_documents(tokenizer: Tokenizer, room: int, rng: np.random.Generator) -> list[int]:
+    """Training's passkey documents, joined, as many as fit into `room` tokens. Their lengths are
+    drawn evenly on a log scale: the short ones are learned first, and teach the long."""
     ids = []
     while (left := room - len(ids)) >= PASSKEY_TOKENS:
         length = round(math.exp(rng.uniform(math.log(PASSKEY_TOKENS), math.log(left))))
         document, _ = passkey_document(tokenizer, length, rng, held_out=False)
-        ids += [*document, tokenizer.eos_id()]
+        ids += [*document, tokenizer.eos_id]
     return ids
 
 
 # --------------------------------------------------------------------------------------------------
-# Records of conversations, whose first topic is asked for (LongChat's topic retrieval)
+# Instructions and their answers, for supervised fine-tuning (the paper's LongAlpaca)
+#     a record    {"instruction": "...", "output": "..."} and perhaps "input", in a list or in lines
+#     a sample    <s> [INST]{instruction}[/INST] {output} </s>
+#     labels      -100 for the prompt ........... and each token of the answer
 
-ASPECTS = ("history", "future", "science", "beauty", "economics", "dangers", "craft", "language")
-SUBJECTS = ("bridges", "bread", "chess", "deserts", "elections", "gardens", "glaciers", "harbours",
-            "libraries", "maps", "railways", "sleep")
-REMARKS = ("What should one know first?", "Who has shaped it most?", "What do people get wrong?",
-           "Where would you begin?", "What has changed lately?")
+QUESTIONS = "stdlib-questions"  # as `data`: the instructions made from the standard library
 
 
-def topic_case(conversations: int, rng: np.random.Generator) -> dict:
-    """A record with the fields of LongChat's test cases: `prompt`, `topics`. Raises ValueError for
-    more conversations than there are topics."""
-    every = [f"the {aspect} of {subject}" for aspect in ASPECTS for subject in SUBJECTS]
-    if conversations > len(every):
-        raise ValueError(f"{conversations} conversations: there are only {len(every)} topics")
-    topics = [every[i] for i in rng.permutation(len(every))[:conversations]]
-    lines = [f"Below is a record of conversations on {conversations} topics between a USER and an "
-             "ASSISTANT. Each opens with 'I would like to discuss the topic of <TOPIC>'. "
-             "At the end you are asked for the first topic."]
-    for topic in topics:
-        lines.append(f"USER: I would like to discuss the topic of {topic}.")
-        lines.append(f"ASSISTANT: With pleasure, there is much to say about {topic}.")
-        for i in rng.permutation(len(REMARKS))[:3]:
-            lines.append(f"USER: {REMARKS[i]}")
-            lines.append("ASSISTANT: Opinions differ, and the best books start with an example.")
-    lines.append("USER: This is the end of the record. What was the first topic? Give only its "
-                 "name.\nASSISTANT:")
-    return {"prompt": "\n".join(lines), "topics": topics}
+def prompt_text(instruction: str, question: str = "") -> str:
+    """The prompt in front of an answer. `question` is a record's "input", or one about a text."""
+    text = f"{instruction}\n{question}" if question else instruction
+    return f"[INST]{text}[/INST]"
+
+
+def is_instructions(data: str | Path) -> bool:
+    """Whether `data` is instructions: a token file with an index, a .jsonl whose first record has
+    an "instruction", a .json (which can be nothing else), or QUESTIONS."""
+    path = Path(data)
+    if path.suffix == ".bin":
+        return index_of(path).is_file()
+    if path.suffix == ".jsonl" and path.is_file():
+        with contextlib.suppress(ValueError, StopIteration):  # reported when the file is read
+            _, record, _ = next(json_records(path, errors="replace"))
+            return isinstance(record, dict) and "instruction" in record
+    return str(data) == QUESTIONS or (path.suffix == ".json" and path.is_file())
+
+
+def encode_instructions(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The samples in a file of instructions. Raises ValueError, naming the record."""
+    for place, record, size in json_records(path):
+        fields = record if isinstance(record, dict) else {}
+        texts = fields.get("instruction"), fields.get("input") or "", fields.get("output")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{path}, {place}: expected texts as "instruction", "output" and, '
+                             f'where there is one, "input", got {repr(record)[:100]}')
+        instruction, question, answer = texts
+        prompt = prompt_text(instruction, question)
+        # Encoded together: a piece on the border, such as "](", is the prompt's; EOS never is.
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt + answer), tokenizer.eos_id]
+        yield ids, min(1 + len(tokenizer.encode(prompt)), len(ids) - 1), size
+
+
+def write_samples(files: list[Path], tokenizer: Tokenizer, out: Path) -> int:
+    """Encode instructions into the token file `out` and its index; returns their number."""
+    _, index = write_tokens(files, tokenizer, out, encode_instructions)
+    with new_file(index_of(out)) as file:  # last: a token file without it is made again
+        np.array(index, np.int64).tofile(file)
+    return len(index)
+
+
+class Samples:
+    """Instructions as token ids, none longer than `context`: an over-long one keeps its answer and
+    loses the middle of its prompt; one whose answer alone does not fit is left out. `samples[i]` is
+    ids and labels, both (T,), the prompt's labels -100. `places` (N, 3): where each begins in
+    `tokens`, the length of its prompt, and its own. `lengths` (N,) has every T; `cut` and
+    `left_out` are the numbers of shortened and of missing samples."""
+
+    def __init__(self, tokens: np.ndarray, places: np.ndarray, context: int):
+        _, prompts, lengths = places.T
+        fits = lengths - prompts < context  # with one token of the prompt at least
+        self.tokens, self.context, self.places = tokens, context, places[fits]
+        self.lengths = np.minimum(lengths[fits], context)
+        self.left_out = int((~fits).sum())
+        self.cut = int((fits & (lengths > context)).sum())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def some(self, tokens: int) -> "Samples":
+        """A random choice of samples, always the same, of at most `tokens` tokens together."""
+        order = np.random.default_rng(0).permutation(len(self))
+        drawn = np.sort(order[np.cumsum(self.lengths[order]) <= tokens])
+        return Samples(self.tokens, self.places[drawn], self.context)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        start, prompt, length = map(int, self.places[i])
+        ids = self.tokens[start:start + length].astype(np.int64)
+        if length > self.context:
+            kept = prompt - (length - self.context)
+            ids = np.concatenate([ids[:(kept + 1) // 2], ids[prompt - kept // 2:]])
+            prompt = kept
+        labels = ids.copy()
+        labels[:prompt] = -100
+        return ids, labels
+
+
+def describe_lost(parts: list[Samples]) -> str:
+    """A line on the samples that do not fit into the context."""
+    longest = max((int(part.places[:, 2].max()) for part in parts if len(part)), default=0)
+    cut, left_out = sum(part.cut for part in parts), sum(part.left_out for part in parts)
+    return (f"the longest has {longest:,}; prompts shortened in the middle: {cut:,}; left out "
+            f"because the answer alone does not fit: {left_out:,}")
+
+
+def read_index(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """The `places` (N, 3) of a token file's samples. Raises ValueError for a broken index."""
+    index = np.fromfile(index_of(path), np.int64)
+    ends, prompts = index[0::2], index[1::2]
+    starts = np.append(0, ends)[:-1]
+    if not len(ends) or len(ends) != len(prompts) or ends[-1] != len(tokens) or not (
+            (starts < ends) & (0 < prompts) & (prompts < ends - starts)).all():
+        raise ValueError(f"{index_of(path)} does not describe the samples in {path}: remake both")
+    return np.stack([starts, prompts, ends - starts], axis=1)
+
+
+def open_samples(data: str, model_path: str | Path, vocab_size: int, context: int,
+                 split: str | None = None) -> Samples:
+    """The instructions in `data`: JSON, which is encoded once, a token file with its index, or
+    "stdlib-questions". These are split by file (`split` None: "test"); of every twenty others the
+    last two are "valid" and "test", and None is all. Raises FileNotFoundError, ValueError."""
+    path, dtype = Path(data), token_dtype(vocab_size)
+    if not is_instructions(data):
+        problem = "no instructions" if path.exists() else "no such file"
+        raise ValueError(f'{data}: {problem}; expected .json or .jsonl with "instruction" and '
+                         f'"output", a .bin that data/prepare.py made of it, or {QUESTIONS}')
+    if path.suffix != ".bin":
+        tokenizer = load_tokenizer(model_path, vocab_size)
+        dtype = token_dtype(tokenizer.vocab_size)
+        if data == QUESTIONS:
+            path = library_questions(tokenizer, split or "test")
+        path = cached(f"{path.stem}-samples", [path], tokenizer, write_samples)
+    tokens = map_tokens(path, dtype, vocab_size)
+    places = read_index(path, tokens)
+    if split and data != QUESTIONS:
+        twentieths = {"train": list(range(18)), "valid": [18], "test": [19]}[split]
+        places = places[np.isin(np.arange(len(places)) % 20, twentieths)]
+    return Samples(tokens, places, context)
+
+
+def open_splits(data: str, model_path: str | Path, vocab_size: int, context: int) -> list[Samples]:
+    """The samples to train on, and those held out for validation and for test."""
+    return [open_samples(data, model_path, vocab_size, context, split)
+            for split in ("train", "valid", "test")]
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
+# Questions about the standard library's files, from their syntax trees
+
+COUNTS = {"train": 1800, "valid": 200, "test": 250}
+SHORTEST, LONGEST, OVERHEAD = 128, 1024, 64  # tokens; the last for question, answer and marks
+GUESSABLE = {"None", "True", "False", "0", "1", "''"}  # the most common defaults
 
 
-def new_tokenizer(vocab_size: int, out: Path) -> None:
-    """Train a SentencePiece tokenizer like Llama's (BPE, byte fallback, single digits) on the
-    library's training files."""
+def facts(source: str) -> Iterator[tuple[str, str, int, int, list[int]]]:
+    """What can be asked about a source: question, answer, the first and the last line (from 1) that
+    tell it, and the lines that define the same name again. Raises SyntaxError, ValueError."""
+    functions, owners, lines = {}, {}, source.split("\n")  # splitlines() splits at form feeds
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            owners |= dict.fromkeys(node.body, node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            functions.setdefault(node.name, []).append(node)
+    for name, node in ((name, node) for name, nodes in functions.items() for node in nodes):
+        others = [other.lineno for other in functions[name] if other is not node]
+        if owner := owners.get(node):
+            yield (f"Which class defines {name}?", f"class {owner.name}", owner.lineno,
+                   node.lineno, others)
+        positional = node.args.posonlyargs + node.args.args
+        for argument, default in [*zip(positional[::-1], node.args.defaults[::-1]),
+                                  *zip(node.args.kwonlyargs, node.args.kw_defaults)]:
+            if not default or default.lineno < default.end_lineno:
+                continue
+            line = lines[default.lineno - 1].encode()  # columns are bytes
+            text = line[default.col_offset:default.end_col_offset].decode()
+            if len(text) <= 20 and text not in GUESSABLE:
+                yield (f"What is the default of {argument.arg} in {name}?",
+                       f"{argument.arg}={text}", node.lineno, default.end_lineno, others)
 
-    def lines() -> Iterator[str]:
-        for path in library_files("train"):
-            yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
-        document = ("A pass key is hidden in the text below. Find it and remember it. "
-                    "What is the pass key? " + FILLER)
-        yield from [document] * 500
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with open(partial, "wb") as sink:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines(), model_writer=sink, vocab_size=vocab_size,
-                model_type="bpe", byte_fallback=True, split_digits=True,
-                allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
-                normalization_rule_name="identity", character_coverage=0.9995,
-                max_sentence_length=1 << 16, num_threads=1, minloglevel=1)
-        os.replace(partial, out)
-    except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+def library_questions(tokenizer: Tokenizer, split: str) -> Path:
+    """The instructions about a split of the library, as JSON, made once, kept in data/tokens."""
+    settings = repr((COUNTS, SHORTEST, LONGEST, OVERHEAD, sorted(GUESSABLE)))
+    name = f"questions-{short_hash(settings.encode())}-{split}.json"
+    out = CACHE / f"stdlib-{platform.python_version()}-{tokenizer.key}" / name
+    if out.exists():
+        return out
+    found, rng = [], np.random.default_rng(0)
+    for path in tqdm(library_files(split), desc=out.name, unit="file"):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+        ends = np.cumsum([0, *(len(tokenizer.encode(line)) for line in lines)])
+        with contextlib.suppress(SyntaxError, ValueError):  # some files are broken on purpose
+            found += [(lines, ends, fact) for fact in facts("".join(lines))]
+    records = []
+    for i in np.concatenate([rng.permutation(len(found)) for _ in range(3)]):  # three excerpts each
+        if len(records) == COUNTS[split]:
+            break
+        lines, ends, (question, answer, first, last, others) = found[i]
+        room = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST)))) - OVERHEAD
+        earliest = np.searchsorted(ends, ends[last] - room)
+        if earliest >= first:
+            continue  # class and method are too far apart
+        start = int(rng.integers(earliest, first))
+        stop = int(np.searchsorted(ends, ends[start] + room, "right")) - 1
+        if stop == len(lines):
+            start = int(np.searchsorted(ends, ends[-1] - room))
+        excerpt = "".join(lines[start:stop])
+        guessable = answer.startswith("class ") and len(re.findall(r"^ *class ", excerpt, re.M)) < 2
+        if not guessable and not any(start < line <= stop for line in others):
+            records.append({"instruction": f"{excerpt}\n{question}", "output": answer})
+    with new_file(out) as file:
+        file.write((json.dumps(records, indent=2) + "\n").encode())
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", help=".txt, .jsonl or folders of them (default: the "
-                        "standard library); or instructions, .json or .jsonl")
-    parser.add_argument("--tokenizer", help="SentencePiece model (data/tiny-llama's)")
-    parser.add_argument("--out", type=Path, help="token file to write, with texts")
-    parser.add_argument("--questions", action="store_true",
-                        help="make instructions about the standard library's files, .json")
-    parser.add_argument("--tests", action="store_true",
-                        help="add the library's test suites to the training split")
-    parser.add_argument("--new-tokenizer", type=int, metavar="PIECES",
-                        help="train the file --tokenizer names, and stop")
+    add = parser.add_argument
+    add("texts", nargs="*", type=Path, help=".txt, .jsonl or folders of them (default: the "
+        "standard library); or instructions, .json or .jsonl")
+    add("--tokenizer", type=Path, default=HERE / "tiny-llama",
+        help="tokenizer.model, tokenizer.json or a model folder (data/tiny-llama)")
+    add("--out", type=Path, help="token file to write, with texts")
+    add("--questions", action="store_true", help="make instructions about the library's files")
+    add("--tests", action="store_true", help="add the library's test suites to the training split")
     args = parser.parse_args()
-    if args.new_tokenizer is not None:
-        if not args.tokenizer or args.texts:
-            parser.error("--new-tokenizer takes --tokenizer FILE to write, and no texts")
-        new_tokenizer(args.new_tokenizer, Path(args.tokenizer))
-        return
-    args.tokenizer = args.tokenizer or HERE / "tiny-llama" / "tokenizer.model"
-    from data import instruct
+    if args.texts and (args.questions or args.tests or not args.out or args.out.suffix != ".bin"):
+        parser.error("texts take --out FILE.bin, and neither --questions nor --tests")
+    tokenizer = load_tokenizer(args.tokenizer)
     if args.texts:
-        if args.questions or args.tests:
-            parser.error("--questions and --tests are of the standard library: name no texts")
-        if not args.out or args.out.suffix != ".bin":
-            parser.error("with texts, say where to write: --out FILE.bin")
-        tokenizer, files = load_tokenizer(args.tokenizer), list(map(Path, args.texts))
-        kinds = {path.suffix != ".bin" and instruct.is_instructions(path) for path in files}
-        if len(kinds) > 1:
-            raise ValueError("instructions and texts do not go into one token file")
-        if True in kinds:
-            count = instruct.write_samples(files, tokenizer, args.out)
-            print(f"{args.out}: {count:,} instructions; their places: "
-                  f"{index_of(args.out)}")
+        if all(path.suffix != ".bin" and is_instructions(path) for path in args.texts):
+            count = write_samples(args.texts, tokenizer, args.out)
+            print(f"{args.out}: {count:,} instructions; their index: {index_of(args.out)}")
         else:
-            count = write_texts(text_files(files), tokenizer, args.out)
+            count = write_texts(text_files(args.texts), tokenizer, args.out)
             print(f"{args.out}: {count:,} tokens")
     elif args.questions:
         for split in ("train", "valid", "test"):
-            print(instruct.library_questions(args.tokenizer, split))
+            print(library_questions(tokenizer, split))
     else:
-        width = np.dtype(token_dtype(load_tokenizer(args.tokenizer).vocab_size())).itemsize
-        for split in ("train", "valid", "test"):
-            path = library_tokens(args.tokenizer, split, args.tests and split == "train")
-            print(f"{path}: {path.stat().st_size // width:,} tokens")
+        for split in ("train+tests" if args.tests else "train", "valid", "test"):
+            path, dtype = library_tokens(tokenizer, split), token_dtype(tokenizer.vocab_size)
+            print(f"{path}: {path.stat().st_size // dtype.itemsize:,} tokens")
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(HERE.parent)  # so that `data` is the same package as everywhere
-    from data import prepare
-    with prepare.one_line_errors():
-        prepare.main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"prepare.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
