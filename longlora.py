@@ -488,11 +488,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(x), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             label, scored = targets[chunk, None].clamp(min=0), targets[chunk, None] != -100
-            log_p = F.linear(x[chunk], weight).float().log_softmax(-1)
+            logits = F.linear(x[chunk], weight).float()
+            log_p = torch.log_softmax(logits, -1, out=logits)  # in place: the run's largest tensor
             total += F.nll_loss(log_p, targets[chunk], reduction="sum")  # -100 is ignored
             if ctx.grad is not None:  # softmax - one-hot, through the head
-                grad = log_p.exp_().scatter_add_(1, label, -scored.float()) * scored
-                ctx.grad[chunk] = grad.to(x.dtype) @ weight.to(x.dtype)
+                grad = log_p.exp_().scatter_add_(1, label, -scored.float())
+                ctx.grad[chunk] = grad.to(x.dtype) @ weight.to(x.dtype) * scored
         return total
 
     @staticmethod
