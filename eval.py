@@ -65,8 +65,14 @@ def init_distributed() -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+        local, gpus = int(os.environ.get("LOCAL_RANK", -1)), torch.cuda.device_count()
+        if not 0 <= local < gpus:
+            raise ValueError(f"LOCAL_RANK {local}, but {gpus} GPUs here: let torchrun start as "
+                             "many processes as the machine has GPUs")
+        device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
     timeout = timedelta(hours=1)  # one process encodes the text while the others wait
     store, rank, size = next(dist.rendezvous("env://"))
     store.set_timeout(timeout)  # init_process_group would leave it at 30 minutes
@@ -216,18 +222,18 @@ def perplexity(model: longlora.Llama, tokens: np.ndarray, context: int, protocol
         loss = model(torch.from_numpy(ids[:, :-1]).to(device), torch.from_numpy(targets).to(device),
                      group_size, shift, reduction="none")
         loss = loss.cpu().double().numpy()
-        return loss.sum(1), np.stack([loss.sum(0), (targets != -100).sum(0)])
+        positions = np.stack([loss.sum(0), (targets != -100).sum(0)])
+        parts = np.array_split(positions, max(1, bins), axis=1)
+        return loss.sum(1), np.stack([part.sum(1) for part in parts])
 
     batches = math.ceil(len(spans) / B)
     found = shared_map(model, dtype, losses, batches, f"context {context:,}")
-    loss, positions = np.concatenate([x for x, _ in found]), sum(x for _, x in found)
+    loss, parts = np.concatenate([x for x, _ in found]), sum(x for _, x in found)  # (bins, 2)
     scored = np.array([count for _, _, count in spans])
     value, error = exp(loss.sum() / scored.sum()), None
     if len(spans) > 1:  # of the mean loss, times the derivative of exp
         error = (loss / scored).std(ddof=1) / math.sqrt(len(spans)) * value
-    parts = np.array_split(positions, bins, axis=1) if bins else []
-    return Perplexity(value, error, int(scored.sum()),
-                      [exp(part[0].sum() / max(1, part[1].sum())) for part in parts])
+    return Perplexity(value, error, int(scored.sum()), [exp(a / max(1, b)) for a, b in parts])
 
 
 def exp(loss: float) -> float:
@@ -378,6 +384,8 @@ def random_model(config: longlora.LlamaConfig, device: torch.device, dtype: torc
     with torch.device("meta"):
         model = longlora.Llama(config).to(torch.float32 if trainable == "full" else dtype)
     model.to_empty(device=device).reset_parameters()
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     if quantize:
         longlora.quantize(model, dtype)
     if trainable != "full":
@@ -506,27 +514,6 @@ def plot_heatmaps(path: Path, maps: dict[str, list[dict]]) -> None:
         axes[0].set_ylabel("depth of the key (%)")
         ax.figure.supxlabel("tokens in the prompt", size=10)
         ax.figure.colorbar(image, ax=axes, label="share retrieved", pad=0.02, aspect=15)
-
-
-def visible(T: int, G: int) -> torch.Tensor:
-    """Which query sees which key in S2-Attn: (2, T, T), for a head of either half. Equal scores,
-    and the identity as values, make the output each key's weight."""
-    x, v = torch.zeros(1, T, 2, 1), torch.eye(T)[None, :, None].expand(1, T, 2, T)
-    return longlora.shifted_sparse_attention(x, x, v, G)[0].transpose(0, 1) > 0
-
-
-def plot_pattern(path: Path, T: int = 16, G: int = 4) -> None:
-    """Which query sees which key (the paper's Figure 3), as longlora.py's own function has it."""
-    full, (first, second), ticks = visible(T, 2 * T)[0], visible(T, G), range(0, T, G)
-    panels = {"inference: all heads\nfull attention": (full, "0.35"),
-              f"training: half of the heads\ngroups of {G} tokens": (first, "#0072B2"),
-              f"training: the other half\ngroups shifted by {G // 2}": (second, "#D55E00")}
-    with figure(path, 8, 3.3, len(panels)) as axes:
-        for ax, (title, (mask, color)) in zip(axes, panels.items()):
-            for cells, fill in ((full & ~mask, "0.9"), (mask, color)):
-                ax.spy(cells, marker="s", ms=130 / T, mew=0, color=fill)
-            ax.xaxis.tick_bottom()
-            ax.set(title=title, xlabel="key", ylabel="query", xticks=ticks, yticks=ticks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -711,12 +698,16 @@ def run_perplexity(args: argparse.Namespace) -> list[dict]:
     tokens, rows = tokens[:args.max_tokens], []
     for context in args.context:  # all are checked before the work
         windows(len(tokens), context, args.protocol, args.stride)
+        if args.by_position >= context:
+            raise ValueError(f"the {context - 1} targets of a window do not fill "
+                             f"{args.by_position} bins")
     for context in args.context:
         found = perplexity(model, tokens, context, args.protocol, args.stride, dtype, **attention,
                            bins=args.by_position)
         rows.append({"context": context, "protocol": args.protocol, "perplexity": found.value,
                      "error": found.error, "tokens": found.tokens})
-        rows[-1] |= {f"to {i + 1}/{args.by_position}": x for i, x in enumerate(found.by_position)}
+        if args.by_position:
+            rows[-1] |= {f"bin {i}": x for i, x in enumerate(found.by_position, 1)}
     print_table(rows)
     if args.plot and is_main():
         values, errors = [row["perplexity"] for row in rows], [row["error"] for row in rows]
@@ -769,10 +760,10 @@ def run_topics(args: argparse.Namespace) -> list[dict]:
                 cases.append(([tokenizer.bos_id, *ids], topics))
             case _:
                 raise ValueError(f'{args.file}, {place}: expected a text as "prompt", and "topics"')
-    longest = max((len(prompt) for prompt, _ in cases), default=room + 1)
-    if longest > room:
+    longest = max((len(prompt) for prompt, _ in cases), default=0)
+    if not 0 < longest <= room:
         raise ValueError(f"{args.file}: {len(cases)} prompts, the longest of {longest:,} tokens; "
-                         f"beside its answer the model reads {room:,}: extend it")
+                         f"beside its answer the model reads 1 to {room:,}")
 
     def answer(i: int) -> tuple[int, int, bool]:
         prompt, topics = cases[i]
@@ -819,7 +810,7 @@ def run_generate(args: argparse.Namespace) -> list[dict]:
 def run_bench(args: argparse.Namespace) -> list[dict]:
     shape, config = args.shape, longlora.LlamaConfig(*SHAPES[args.shape])
     if args.model:
-        shape, config = args.model, longlora.load_config(args.model)
+        shape, config = args.model, longlora.load_config(args.model, context=1)
     contexts, rows = sorted(args.context), []  # peak memory of a CPU's process never falls
     config = dataclasses.replace(config, max_position_embeddings=contexts[-1], rope_scaling=None,
                                  sliding_window=None)  # nothing is interpolated
@@ -882,7 +873,6 @@ def run_paper(args: argparse.Namespace) -> list[dict]:
     for table, rows in tables.items():
         print_paper_table(table, rows)
     if find_spec("matplotlib"):
-        plot_pattern(args.out / "pattern.svg")
         if 3 in tables:
             contexts = integers(CONTEXTS)
             plot_curves(args.out / "perplexity.svg", {

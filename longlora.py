@@ -91,6 +91,9 @@ class LlamaConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             require(is_positive(value), f"{name} must be a positive number, got {value!r}")
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        require(all(id is None or type(id) is int for id in (self.bos_token_id, *ids)),
+                "bos_token_id and eos_token_id must be token ids or null")
         require(type(self.tie_word_embeddings) is bool, "tie_word_embeddings must be true or "
                 f"false, got {self.tie_word_embeddings!r}")
         if self.rope_scaling is not None:
@@ -528,7 +531,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The base comes last: a backward pass that recomputes this layer's inputs stops before it.
-        return self.lora_B(self.lora_A(x) * self.scaling) + self.base(x)
+        return self.lora_B(self.lora_A(x) * self.scaling).add_(self.base(x))
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
@@ -648,7 +651,8 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized matrix (out, in), made anew for each product."""
+        """The dequantized matrix (out, in), made anew for each product. In bfloat16 its 16 values
+        are rounded before they are scaled, by 0.2% at most: a third of the memory traffic."""
         steps = self.steps.view(torch.float32)  # one a superblock, and the mean
         scale = padded(self.scales.float(), SUPERBLOCK) * steps[:-1, None] + steps[-1]
         W = F.embedding(self.codes.int(), nf4_pairs(self.codes.device, self.dtype)).view(-1, BLOCK)
@@ -806,7 +810,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = sorted((*entry["data_offsets"], str(name), DTYPES[entry["dtype"]],
-                              torch.Size(entry["shape"])) for name, entry in header.items())
+                              entry["shape"]) for name, entry in header.items())
+            if not all(type(n) is int and 0 <= n < 1 << 62
+                       for start, stop, _, _, shape in entries for n in (start, stop, *shape)):
+                raise ValueError("offsets and shapes must be whole numbers")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: broken safetensors header ({type(error).__name__}: "
                              f"{str(error)[:200]})") from None
@@ -814,8 +821,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     end = 0
     for start, stop, name, dtype, shape in entries:
-        if start != end or min(shape, default=0) < 0 or (
-                stop - start != math.prod(shape) * dtype.itemsize):
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: {name[:200]}: bytes {start} to {stop} do not fit {dtype} of "
                              f"shape {list(shape)[:8]} behind {end} bytes of other tensors")
         end = stop

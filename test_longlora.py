@@ -1617,20 +1617,12 @@ def test_figures_are_drawn_and_the_same_each_time(tmp_path):
     curve = {"base": ([8, 9], [3.0, 90.0], [1, None])}
     for path in (tmp_path / "figure.png", tmp_path / "figure.svg"):
         for draw in (lambda: evaluation.plot_heatmaps(path, {"base": cells, "extended": cells[:1]}),
-                     lambda: evaluation.plot_curves(path, curve),
-                     lambda: evaluation.plot_pattern(path)):
+                     lambda: evaluation.plot_curves(path, curve)):
             draw()
             first = path.read_bytes()
             draw()
             assert path.read_bytes() == first and len(first) > 5000
     assert len(list(tmp_path.iterdir())) == 2  # nothing beside them
-
-
-def test_the_drawn_pattern_is_the_definition():
-    for T, G in ((16, 4), (14, 6), (16, 32)):
-        t, u = torch.arange(T)[:, None], torch.arange(T)
-        for mask, shift in zip(evaluation.visible(T, G), (0, G // 2)):
-            assert torch.equal(mask, (u <= t) & ((t + shift) // G == (u + shift) // G))
 
 
 # ==================================================================================================
@@ -1858,7 +1850,8 @@ def test_an_epoch_reads_every_sample_once_in_an_order_of_its_own(files):
     drawn = np.concatenate(orders)
     for step in range(3 * N // 7):
         assert np.array_equal(data.order(step * 7, step * 7 + 7), drawn[step * 7:step * 7 + 7])
-        assert data.tokens_before(step) == data.train.lengths[drawn[:step * 7]].sum()
+        read = [len(sequence.tokens) for sequence in data.sequences(step)]
+        assert read == list(data.train.lengths[drawn[step * 7:step * 7 + 7]])
     held_out = {tuple(part[i][0]) for part in (data.valid, data.test) for i in range(len(part))}
     assert held_out and not held_out & {tuple(data.train[i][0]) for i in range(N)}
 

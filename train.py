@@ -146,7 +146,9 @@ def fill_defaults(args: argparse.Namespace, model: longlora.Llama) -> None:
         args.passkey = 0.1 if library and args.context >= prepare.PASSKEY_TOKENS else 0.0
     if args.group_size is None and not instructions:
         args.group_size = longlora.default_group_size(args.context, args.groups)
-    if args.micro_batch is None:
+    if instructions:
+        args.micro_batch = 1  # each has a length of its own
+    elif args.micro_batch is None:
         args.micro_batch = max(1, 2048 // args.context)
 
     if "full" in longlora.parse_trainable(args.trainable) and args.quantize:
@@ -189,12 +191,6 @@ class Sequence(NamedTuple):
     tokens: np.ndarray  # (T,)
     targets: np.ndarray  # (T,): the token that follows each, -100 where it is not scored
     group_size: int
-
-
-class MicroStep(NamedTuple):
-    tokens: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T), or of the scored tokens alone
-    kwargs: dict  # further arguments of Llama.forward
 
 
 class Corpus:
@@ -241,9 +237,6 @@ class Corpus:
                 ids = np.concatenate([passkeys, ids])[:args.context + 1]
             found.append(Sequence(ids[:-1], ids[1:], args.group_size))
         return found
-
-    def tokens_before(self, step: int) -> int:
-        return step * self.args.batch_size * self.args.context
 
     def held_out_loss(self, model: longlora.Llama, dtype: torch.dtype) -> float:
         return math.log(perplexity(model, self.valid, self.args.context, dtype=dtype).value)
@@ -308,12 +301,6 @@ class Instructions:
         return [Sequence(ids, np.append(labels[1:], -100), self.group_size(len(ids)))
                 for ids, labels in samples]
 
-    def tokens_before(self, step: int) -> int:
-        lengths, drawn = self.train.lengths, step * self.args.batch_size
-        epochs = drawn // self.samples
-        begun = lengths[self.order(epochs * self.samples, drawn)].sum()
-        return int(epochs * lengths.sum() + begun)
-
     def held_out_loss(self, model: longlora.Llama, dtype: torch.dtype) -> float:
         return math.log(answers(model, self.valid, dtype)[-1]["perplexity"])
 
@@ -329,29 +316,28 @@ class Instructions:
                      "in a sample, up to", columns, rows)
 
 
-def micro_steps(args: argparse.Namespace, sequences: list[Sequence],
-                parallel: "Parallel") -> list[MicroStep]:
-    """This process's part of a step: --micro-batch windows at a time, or one sample of
-    instructions, whose unscored tokens need no logits."""
-    mine, found = parallel.share(sequences), []
-    size = 1 if prepare.is_instructions(args.data) else args.micro_batch
-    for rows in (mine[i:i + size] for i in range(0, len(mine), size)):
-        part = parallel.part_of(len(rows[0].tokens), rows[0].group_size)
-        tokens, targets = (torch.from_numpy(np.stack(x)[:, part]) for x in
-                           ([row.tokens for row in rows], [row.targets for row in rows]))
-        kwargs = attention_kwargs(args.attention, rows[0].group_size) | parallel.kwargs(part)
-        if len(rows) == 1 and (targets == -100).any():
-            scored = (targets[0] != -100).nonzero()[:, 0]
-            targets, kwargs["logits_to_keep"] = targets[:, scored], scored
-        found.append(MicroStep(tokens, targets, kwargs))
-    return found
-
-
 def table(title: str, columns: list[str], rows: dict[str, list[float]]) -> str:
     width = max(map(len, rows)) + 4
     lines = [f"{title}:", " " * width + "".join(f"{column:>10}" for column in columns)]
     return "\n".join(lines + [f"{name:>{width}}" + "".join(f"{x:10.2f}" for x in values)
                               for name, values in rows.items()])
+
+
+def micro_steps(args: argparse.Namespace, sequences: list[Sequence], parallel: "Parallel"
+                ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
+    """This process's part of a step, --micro-batch sequences at a time: tokens (B, T), targets, and
+    further arguments of `Llama.forward`. Of a sample of instructions, only the scored tokens need
+    logits, so that its targets are of these alone."""
+    mine = parallel.share(sequences)
+    for rows in (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)):
+        part = parallel.part_of(len(rows[0].tokens), rows[0].group_size)
+        tokens = torch.from_numpy(np.stack([row.tokens[part] for row in rows]))
+        targets = torch.from_numpy(np.stack([row.targets[part] for row in rows]))
+        kwargs = attention_kwargs(args.attention, rows[0].group_size) | parallel.kwargs(part)
+        if len(rows) == 1 and (targets == -100).any():
+            kwargs["logits_to_keep"] = (targets[0] != -100).nonzero()[:, 0]
+            targets = targets[:, kwargs["logits_to_keep"]]
+        yield tokens, targets, kwargs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,8 +351,10 @@ def optimizer_step(args: argparse.Namespace, model: longlora.Llama,
     its gradient's norm. If one of the two is not finite, nothing is updated."""
     device, world_size = model.lm_head.weight.device, parallel.world_size
     count = sum(int((sequence.targets != -100).sum()) for sequence in sequences)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), device=device)
     for tokens, targets, kwargs in micro_steps(args, sequences, parallel):
+        # FSDP reduces gradients after each micro-step: kept whole until the last, they would take
+        # as much memory as all trainable weights.
         with autocast(device, dtype):
             loss = model(tokens.to(device), targets.to(device), **kwargs, reduction="sum") / count
         (loss * world_size).backward()  # FSDP averages gradients over processes, this is a sum
@@ -433,11 +421,17 @@ def main(args: argparse.Namespace) -> None:
     stored = torch.bfloat16 if args.init == "random" else model.lm_head.weight.dtype
     fill_defaults(args, model)
     torch.manual_seed(args.seed)
-    data = (Instructions if prepare.is_instructions(args.data) else Corpus)(args, model.config)
+    instructions = prepare.is_instructions(args.data)
+    data = (Instructions if instructions else Corpus)(args, model.config)
+    # cuDNN's attention builds a plan for each new length, which takes half a second.
+    torch.backends.cuda.enable_cudnn_sdp(not instructions)
     if args.steps is None:
         args.steps = max(1, math.ceil(round(args.epochs * data.samples / args.batch_size, 6)))
     checkpoint = find_checkpoint(args, data.metric, parallel) if args.resume else None
     results = checkpoint.metadata["results"] if checkpoint else {data.metric: {}}
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out}: no permission to write there")
 
     # LoRA, the trainable parameters, and the device: whole, or this process's shards.
     prepare_model(model, args, device, dtype, parallel)
@@ -475,7 +469,7 @@ def main(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, on_interrupt)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    held_out, tokens = "", data.tokens_before(first)
+    held_out, tokens = "", checkpoint.metadata["tokens"] if checkpoint else 0
     with (open(out / "log.jsonl" if is_main() else os.devnull, "a", encoding="utf-8") as log,
           tqdm(total=args.steps, initial=first, unit="step", disable=not is_main()) as bar):
         for step in range(first, args.steps):
@@ -483,19 +477,19 @@ def main(args: argparse.Namespace) -> None:
             rate = learning_rate(args, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, norm = optimizer_step(args, model, optimizer, data.sequences(step), parallel,
-                                        dtype)
+            sequences = data.sequences(step)
+            loss, norm = optimizer_step(args, model, optimizer, sequences, parallel, dtype)
             if not math.isfinite(loss + norm):
                 saved = "keeps the last save" if (out / "checkpoints").exists() else "has no save"
                 sys.exit(f"stopped at step {step + 1}: the loss is {loss}, its gradient's norm "
                          f"{norm}; {out} {saved}. Try a lower --lr than {args.lr:g}, or "
                          "--dtype float32" if is_main() else 1)
             seconds = time.perf_counter() - began
-            before, tokens = tokens, data.tokens_before(step + 1)
-            tokens_per_s = (tokens - before) / seconds
+            read = sum(len(sequence.tokens) for sequence in sequences)
+            tokens += read
 
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate,
-                    "tokens": tokens, "tokens_per_s": tokens_per_s,
+                    "tokens": tokens, "tokens_per_s": read / seconds,
                     "peak_memory_bytes": peak_memory(device)}
             if args.eval_every and (step + 1) % args.eval_every == 0:
                 line["held_out_loss"] = data.held_out_loss(model, dtype)
@@ -503,11 +497,12 @@ def main(args: argparse.Namespace) -> None:
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s, "
+            bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tok/s, "
                                 f"{line['peak_memory_bytes'] / 2**30:.2f} GiB{held_out}")
             stop, last = any_process(interrupted, device), step + 1 == args.steps
             if stop or args.save_every and (last or (step + 1) % args.save_every == 0):
-                save(args, model, optimizer, step + 1, stored, results)
+                save(args, model, optimizer, stored,
+                     {"step": step + 1, "tokens": tokens, "results": results})
             if stop:
                 sys.exit(f"interrupted after step {step + 1}: saved to {out}; --resume continues"
                          if is_main() else 1)
@@ -689,7 +684,7 @@ logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
 
 class Checkpoint(NamedTuple):
     path: Path
-    metadata: dict  # {"step", "args", "results"}
+    metadata: dict  # {"args", "step", "tokens", "results"}
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -701,6 +696,9 @@ def check_out(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out} is a file, not a folder")
     if out.resolve() == Path(args.model).resolve():
         raise ValueError(f"--out {out} is the folder of --model: choose another")
+    if args.resume and (out / "states").exists():
+        raise ValueError(f"{out} holds a run of an earlier version, which cannot be continued: "
+                         "--overwrite replaces it")
     if (out / "log.jsonl").exists():
         if not (args.resume or args.overwrite):
             raise ValueError(f"{out} holds a run already: --resume continues it, "
@@ -710,23 +708,24 @@ def check_out(args: argparse.Namespace) -> None:
 
 
 def clear_out(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
-    """Make --out, and remove what an interrupted save or a replaced run has left there."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    names = ["*.partial"]
-    if checkpoint is None:
-        names += RUN_FILES if args.overwrite else ["log.jsonl"]
-    for path in [path for name in names for path in out.glob(name)]:
+    """Remove what an interrupted save or a replaced run has left in --out."""
+    names = list(RUN_FILES) if args.overwrite else []
+    if checkpoint is None and not args.overwrite:
+        names = ["log.jsonl"]
+    for path in [path for name in names for path in Path(args.out).glob(name)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    for path in Path(args.out).glob("*.partial"):
+        if path.is_file():
+            path.unlink()
 
 
 def save(args: argparse.Namespace, model: longlora.Llama, optimizer: torch.optim.Optimizer,
-         step: int, dtype: torch.dtype, results: dict) -> None:
-    """After `step` steps: the adapter (or with --trainable full the model, in `dtype`), and a
-    checkpoint to resume from. Every process has to call it."""
+         dtype: torch.dtype, progress: dict) -> None:
+    """The adapter (or with --trainable full the model, in `dtype`), and a checkpoint to resume
+    from, with `progress` in its metadata. Every process has to call it."""
     out, gathered = Path(args.out), None
     if dist.is_initialized():  # tensor by tensor; the main process keeps them
         full = ((name, p.full_tensor().cpu()) for name, p in model.named_parameters()
@@ -737,25 +736,24 @@ def save(args: argparse.Namespace, model: longlora.Llama, optimizer: torch.optim
         longlora.copy_companions(args.model, out)
     elif is_main():
         longlora.save_adapter(model, out, gathered)
-    metadata = {"step": step, "args": vars(args), "results": results}
-    save_checkpoint(out / "checkpoints", step, model, optimizer, metadata)
+    save_checkpoint(out / "checkpoints", model, optimizer, {"args": vars(args)} | progress)
 
 
 def training_state(model: longlora.Llama, optimizer: torch.optim.Optimizer) -> dict:
-    options = StateDictOptions(ignore_frozen_params=True)
-    weights, state = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": state}
+    weights, state = get_state_dict(model, optimizer)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {"model": {name: weights[name] for name in trained}, "optimizer": state}
 
 
-def save_checkpoint(folder: Path, step: int, model: longlora.Llama,
-                    optimizer: torch.optim.Optimizer, metadata: dict) -> None:
-    """Write the checkpoint after `step` steps and remove all but the last two. Every process has to
-    call it. Raises OSError if it cannot be written; older ones stay."""
-    alone, final = not dist.is_initialized(), folder / f"step-{step:07}"
+def save_checkpoint(folder: Path, model: longlora.Llama, optimizer: torch.optim.Optimizer,
+                    metadata: dict) -> None:
+    """Write the checkpoint after metadata["step"] steps and remove all but the last two. Every
+    process has to call it. Raises OSError if it cannot be written; older ones stay."""
+    alone, final = not dist.is_initialized(), folder / f"step-{metadata['step']:07}"
     temporary = folder / f"{final.name}.partial"
     if is_main():
-        for old in (*folder.glob("*.partial"), final):
-            shutil.rmtree(old, ignore_errors=True)
+        for old in folder.glob("*.partial"):
+            shutil.rmtree(old)
         temporary.mkdir(parents=True)
     if not alone:
         dist.barrier()
@@ -769,6 +767,9 @@ def save_checkpoint(folder: Path, step: int, model: longlora.Llama,
     except CheckpointException as error:
         problem = next(iter(error.failures.values()))[0]
         raise OSError(f"{temporary} cannot be written ({problem!r})") from None
+    finally:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
     if not alone:
         dist.barrier()
 
@@ -787,7 +788,7 @@ def find_checkpoint(args: argparse.Namespace, metric: str,
         print0(f"{args.out} holds nothing to resume: starting fresh")
         return None
     path, metadata = found[0]
-    if not {"step", "args", "results"} <= metadata.keys():
+    if not {"args", "step", "tokens", "results"} <= metadata.keys():
         raise ValueError(f"{path}/metadata.json is broken; remove {path} to continue from the one "
                          "before")
     for name, value in vars(args).items():
