@@ -486,9 +486,10 @@ def plot_curves(path: Path, series: dict[str, tuple]) -> None:
             errors = None if errors is None else np.array(errors, float)  # None becomes nan
             ax.errorbar(contexts, values, errors, label=name, marker="osD^vPX*"[i % 8], capsize=3)
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log", subs=(1, 2, 3, 5))
         ax.set_xticks(contexts, [f"{x:,}" for x in contexts])
-        ax.yaxis.set(major_formatter="{x:,g}", minor_formatter="{x:,g}")
+        if len(series) > 1:  # before and after extension: far apart
+            ax.set_yscale("log", subs=(2, 3, 5))
+            ax.yaxis.set(major_formatter="{x:,g}", minor_formatter="{x:,g}")
         ax.set(title="Perplexity by context", xlabel="tokens in the window", ylabel="perplexity")
         ax.grid(True, which="both")
         ax.figure.legend(loc="outside lower center", ncols=4, frameon=False)
