@@ -378,18 +378,25 @@ def compile_layers(model: longlora.Llama) -> None:
             module.compile()
 
 
+def add_adapter(model: longlora.Llama, trainable: str, rank: int, dtype: torch.dtype,
+                quantize: str | None, device: torch.device | None = None) -> None:
+    """What train.py adds before training: 4-bit weights, if asked for, and LoRA, unless all of the
+    model is trainable."""
+    if quantize:
+        longlora.quantize(model, dtype, device)
+    if trainable != "full":
+        longlora.add_lora(model, rank, 2 * rank, dtype=dtype)
+
+
 def random_model(config: longlora.LlamaConfig, device: torch.device, dtype: torch.dtype,
-                 trainable: str, rank: int, quantize: bool = False) -> longlora.Llama:
+                 trainable: str, rank: int, quantize: str | None = None) -> longlora.Llama:
     """A model of random weights, as train.py would train it."""
     with torch.device("meta"):
         model = longlora.Llama(config).to(torch.float32 if trainable == "full" else dtype)
     model.to_empty(device=device).reset_parameters()
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if quantize:
-        longlora.quantize(model, dtype)
-    if trainable != "full":
-        longlora.add_lora(model, rank, 2 * rank, dtype=dtype)
+    add_adapter(model, trainable, rank, dtype, quantize)
     longlora.set_trainable(model, trainable)
     return model
 
@@ -655,7 +662,7 @@ def within(kind: type, low: float, high: float = math.inf) -> Callable:
     return value
 
 
-positive, natural = within(int, 1), within(int, 0)
+positive, natural = within(int, 1, (1 << 63) - 1), within(int, 0, (1 << 63) - 1)
 
 
 def integers(text: str) -> list[int]:
@@ -785,10 +792,14 @@ def run_topics(args: argparse.Namespace) -> list[dict]:
 
 def run_generate(args: argparse.Namespace) -> list[dict]:
     text = args.prompt
-    if text is None:
-        text = args.file.read_text("utf-8", "replace") if args.file else sys.stdin.read()
-    elif args.file:
+    if text is not None and args.file:
         raise ValueError("--prompt and --file exclude each other")
+    if args.file:
+        text = args.file.read_text("utf-8", "replace")
+    elif text is None:
+        if sys.stdin.isatty():
+            print("reading the text from standard input, up to Ctrl-D", file=sys.stderr)
+        text = sys.stdin.read()
     if args.question:
         text = prepare.prompt_text(text, args.question)
     model, dtype = load(args)
@@ -831,7 +842,7 @@ def run_bench(args: argparse.Namespace) -> list[dict]:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     dtype, checkpointing = compute_dtype(args.dtype, device), args.checkpointing or args.offload
     speed = matmul_speed(device, dtype)
-    model = random_model(config, device, dtype, args.trainable, args.rank, bool(args.quantize))
+    model = random_model(config, device, dtype, args.trainable, args.rank, args.quantize)
     model.model.checkpointing, model.model.offload = checkpointing, args.offload
     if args.compile:
         compile_layers(model)

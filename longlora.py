@@ -928,8 +928,8 @@ def load_config(path: str | Path, context: int | None = None) -> LlamaConfig:
     try:
         config = LlamaConfig(**{name: value for name, value in values.items() if name in known})
         if config.sliding_window is not None:
-            require(is_positive(config.sliding_window), "sliding_window must be a number or null, "
-                    f"got {config.sliding_window!r}")
+            require(type(config.sliding_window) is int and config.sliding_window > 0,
+                    f"sliding_window must be tokens or null, got {config.sliding_window!r}")
             config.extended(context or config.max_position_embeddings)  # refused beyond it
             config.max_position_embeddings = min(config.max_position_embeddings,
                                                  config.sliding_window)

@@ -787,7 +787,8 @@ MISFITS = {  # None: not there
     "base/model.safetensors": [(NORM, None), (NORM, torch.ones(31)), EXTRA],
     "base/config.json": [
         ("model_type", "qwen2"), ("quantization_config", {"bits": 4}), ("mlp_bias", True),
-        ("rope_scaling", {"type": "yarn", "factor": 2.0}), ("num_hidden_layers", 10**9)],
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}), ("num_hidden_layers", 10**9),
+        ("sliding_window", 12.5)],
     "adapter/adapter_model.safetensors": [
         (LORA, None), (LORA, torch.zeros(3, 31)), EXTRA,
         ("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(3, 64))],
@@ -1822,6 +1823,7 @@ BAD_INPUT = f"""--model nowhere | --model broken | --model no-json | --data nowh
     | --context 400 --eval-every 1 | --trainable full --quantize nf4 | --batch-size 0 | --steps 1.5
     | --plan --model nowhere | --plan --gpus 3 --context-parallel 2 | {ASK} --passkey 0.1
     | --plan --gpus 3 --context-parallel 3 | --plan --context-parallel 2 --attention full
+    | --rank 1000 | --seed {1 << 63}
     | {ASK} --group-size 7 | {ASK} --context 2 | {ASK} --eval-tokens 9 | {ASK} --data bad.jsonl"""
 
 

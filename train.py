@@ -47,9 +47,10 @@ from tqdm import tqdm
 
 import longlora
 from data import prepare
-from eval import (TINY_LLAMA, answers, attention_kwargs, autocast, compile_layers, compute_dtype,
-                  destroy_distributed, init_distributed, is_main, local_main_process_first, natural,
-                  peak_memory, perplexity, positive, print0, within, world)
+from eval import (TINY_LLAMA, add_adapter, answers, attention_kwargs, autocast, compile_layers,
+                  compute_dtype, destroy_distributed, init_distributed, is_main,
+                  local_main_process_first, natural, peak_memory, perplexity, positive, print0,
+                  within, world)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -131,6 +132,9 @@ def fill_defaults(args: argparse.Namespace, model: longlora.Llama) -> None:
     args.groups = recipe["groups"]
     if args.steps and args.epochs:
         raise ValueError("--steps and --epochs exclude each other")
+    if args.rank and args.rank > model.config.hidden_size:
+        raise ValueError(f"--rank must be at most the model's width of {model.config.hidden_size}, "
+                         f"got {args.rank}")
     if args.steps is None and args.epochs is None:  # epochs become steps when the data are known
         length = "epochs" if instructions else "steps"
         setattr(args, length, recipe[length])
@@ -391,10 +395,7 @@ def prepare_model(model: longlora.Llama, args: argparse.Namespace, device: torch
     shard. Until then `model` is mapped from its files."""
     if args.trainable == "full":
         dtype = torch.float32
-    else:
-        if args.quantize:
-            longlora.quantize(model, dtype, device)
-        longlora.add_lora(model, args.rank, 2 * args.rank, dtype=dtype)
+    add_adapter(model, args.trainable, args.rank, dtype, args.quantize, device)
     if parallel.world_size > 1:
         shard_model(model, args.trainable, device, dtype, parallel)
     else:
@@ -881,10 +882,7 @@ def plan(args: argparse.Namespace, config: longlora.LlamaConfig) -> dict[str, fl
         torch.set_default_dtype(frozen_dtype)  # fake parameters cannot be converted
         model = longlora.Llama(config)
         torch.set_default_dtype(torch.float32)
-        if args.trainable != "full":
-            if args.quantize:
-                longlora.quantize(model, dtype)
-            longlora.add_lora(model, args.rank, 2 * args.rank, dtype=dtype)
+        add_adapter(model, args.trainable, args.rank, dtype, args.quantize)
         longlora.set_trainable(model, args.trainable)
         model.model.checkpointing, model.model.offload = args.checkpointing, args.offload
         trained = [p for p in model.parameters() if p.requires_grad]
