@@ -241,34 +241,28 @@ def exp(loss: float) -> float:
 
 
 def passkey(model: longlora.Llama, tokenizer: prepare.Tokenizer, length: int, trials: int,
-            depths: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32,
-            official: bool = False) -> dict:
+            depths: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict:
     """Share of the keys, hidden in prompts of at most `length` tokens, that are retrieved (Section
     4.2): {"length", "tokens" (mean of the prompts), "trials", "accuracy", "by_depth" (in `depths`
-    equal bins of the filler, None where no trial fell)}.
+    equal bins of the filler)}.
 
     A key is retrieved when every token of it is the arg max: one forward pass, no decoding. Each
-    bin has `trials` of them, with keys and depths that training never draws. With `official` there
-    are `trials` in all, as the official evaluation draws them from seeds `seed`, `seed` + 1, ...
+    bin has `trials` of them, with keys and depths that training never draws.
     """
     def trial(i: int) -> tuple[int, int, bool]:
-        if official:
-            ids, n, depth = prepare.official_passkey(tokenizer, length, seed + i)
-            at = min(int(depth * depths), depths - 1)
-        else:
-            at, rng = i % depths, np.random.default_rng((seed, length, i))
-            ids, n = prepare.passkey_document(tokenizer, length, rng, held_out=True,
-                                              depths=(at / depths, (at + 1) / depths))
+        at, rng = i % depths, np.random.default_rng((seed, length, i))
+        ids, n = prepare.passkey_document(tokenizer, length, rng, held_out=True,
+                                          depths=(at / depths, (at + 1) / depths))
         tokens = torch.tensor([ids], device=model.lm_head.weight.device)
         logits = model(tokens, logits_to_keep=slice(-n - 1, -1))
         return at, len(ids), torch.equal(logits.argmax(-1), tokens[:, -n:])
 
-    count = trials if official else trials * depths
+    count = trials * depths
     found = shared_map(model, dtype, trial, count, f"length {length:,}")
     at, tokens, right = (np.array(column) for column in zip(*found))
     return {"length": length, "tokens": round(tokens.mean()), "trials": count,
             "accuracy": right.mean(),
-            "by_depth": [right[at == i].mean() if i in at else None for i in range(depths)]}
+            "by_depth": [right[at == i].mean() for i in range(depths)]}
 
 
 def answers(model: longlora.Llama, samples: prepare.Samples,
@@ -402,7 +396,7 @@ def random_model(config: longlora.LlamaConfig, device: torch.device, dtype: torc
 
 
 def count_flops(config: longlora.LlamaConfig, context: int, attention: dict, trainable: str = "",
-                rank: int = 0, checkpointing: bool = False) -> np.ndarray:
+                rank: int = 0, checkpointing: bool = False, offload: bool = False) -> np.ndarray:
     """FLOPs of a forward pass; if something is `trainable`, of the backward pass too. Two numbers:
     of attention, as full squares, and of all other matrix products."""
     found = []
@@ -411,7 +405,7 @@ def count_flops(config: longlora.LlamaConfig, context: int, attention: dict, tra
         with (FakeTensorMode(), sdpa_kernel(SDPBackend.MATH),
               FlopCounterMode(display=False) as counter):
             model = longlora.Llama(dataclasses.replace(config, num_hidden_layers=layers))
-            model.model.checkpointing = checkpointing
+            model.model.checkpointing, model.model.offload = checkpointing, offload
             if trainable not in ("", "full"):
                 longlora.add_lora(model, rank)
                 longlora.set_trainable(model, trainable)
@@ -424,15 +418,16 @@ def count_flops(config: longlora.LlamaConfig, context: int, attention: dict, tra
 
 
 def step_flops(config: longlora.LlamaConfig, context: int, attention: dict, trainable: str,
-               rank: int, checkpointing: bool) -> float:
+               rank: int, checkpointing: bool, offload: bool) -> float:
     """FLOPs that a training step on one sequence executes, recomputation included."""
-    squares, products = count_flops(config, context, attention, trainable, rank, checkpointing)
+    forward_squares, _ = count_flops(config, context, attention)
+    squares, products = count_flops(config, context, attention, trainable, rank, checkpointing,
+                                    offload)
     if trainable == "full":  # chunked_loss computes the logits again
         products += 2 * context * config.hidden_size * config.vocab_size
     # A causal flash kernel computes half of each square. Its forward pass has 2 products, its
-    # backward pass 5, where plain attention has 4.
-    forward = 4 if checkpointing else 2
-    return products + squares / 2 * (forward + 5) / (forward + 4)
+    # backward pass 5, one more than plain attention.
+    return products + (squares + forward_squares / 2) / 2
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -502,6 +497,20 @@ def plot_curves(path: Path, series: dict[str, tuple]) -> None:
         ax.figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
 
+def plot_positions(path: Path, series: dict[str, list[float]], context: int, G: int) -> None:
+    """Perplexity by position in the window, in equal bins, and where groups begin."""
+    with figure(path, 8, 3.5) as ax:
+        for name, values in series.items():
+            ax.stairs(values, np.linspace(0, context, len(values) + 1), baseline=None, label=name,
+                      linewidth=1.5)
+        for border in range(G // 2, context, G // 2):
+            ax.axvline(border, color="0.6", linestyle=":" if border % G else "-", linewidth=0.8)
+        ax.set(title="Perplexity by position, by the attention of training", xlim=(0, context),
+               xlabel="position (lines: groups begin; dotted: shifted groups)",
+               ylabel="perplexity", xticks=range(0, context + 1, G // 2))
+        ax.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+
+
 def plot_heatmaps(path: Path, maps: dict[str, list[dict]]) -> None:
     """Passkeys retrieved by length and depth: each of `maps` has rows of `passkey`."""
     columns = [len(rows) for rows in maps.values()]
@@ -511,11 +520,9 @@ def plot_heatmaps(path: Path, maps: dict[str, list[dict]]) -> None:
             share = np.array([row["by_depth"] for row in rows], float).T  # (depths, lengths)
             edges = np.linspace(0, 100, len(share) + 1)
             image = ax.pcolormesh(range(len(rows) + 1), edges, share, cmap="Blues", vmin=0, vmax=1)
-            ax.patch.set(facecolor="0.93", edgecolor="0.75", hatch="///")  # where no trial fell
             for (i, j), value in np.ndenumerate(share):
-                if not np.isnan(value):
-                    ax.text(j + 0.5, (edges[i] + edges[i + 1]) / 2, f"{value:.2f}", size=9,
-                            ha="center", va="center", color="w" if value > 0.5 else "k")
+                ax.text(j + 0.5, (edges[i] + edges[i + 1]) / 2, f"{value:.2f}", size=9,
+                        ha="center", va="center", color="w" if value > 0.5 else "k")
             ax.set_xticks(np.arange(len(rows)) + 0.5, [f"{row['length']:,}" for row in rows],
                           rotation=45, ha="right", rotation_mode="anchor")
             ax.set(title=name, ylim=(100, 0))
@@ -530,23 +537,22 @@ def plot_heatmaps(path: Path, maps: dict[str, list[dict]]) -> None:
 
 CONTEXTS = "256,512,1024,2048"
 # A step reads 4,096 tokens. Settings were chosen on the validation half (data/README.md).
-DEFAULTS = {"context": 2048, "attention": "shifted", "group-size": 1024,
-            "trainable": "lora,embed,norm", "rank": 64, "lr": 2e-3, "steps": 150, "batch-size": 2,
+DEFAULTS = {"context": 2048, "attention": "shifted", "group-size": 512, "rope": "yarn",
+            "trainable": "lora,embed,norm", "rank": 8, "lr": 1e-3, "steps": 100, "batch-size": 2,
             "passkey": 0.1, "eval-tokens": 0, "seed": 1}
-FULL = {"trainable": "full", "lr": 1e-3}  # full fine-tuning, as in the paper's Table 1
+FULL = {"trainable": "full", "lr": 3e-4}
+ATTENTIONS = {"full attention": {"attention": "full"}, "local groups": {"attention": "local"},
+              "S2-Attn": {}}
 VARIANTS = {
-    1: {"full attention": FULL | {"attention": "full"},
-        "local groups": FULL | {"attention": "local"}, "S2-Attn": FULL},
-    2: {"LoRA, rank 8": {"trainable": "lora", "rank": 8}, "LoRA, rank 64": {"trainable": "lora"},
+    1: ATTENTIONS,
+    2: {"LoRA, rank 8": {"trainable": "lora"}, "LoRA, rank 64": {"trainable": "lora", "rank": 64},
         "LoRA + norms": {"trainable": "lora,norm"}, "LoRA + embedding": {"trainable": "lora,embed"},
         "LoRA + both (LoRA+)": {}, "full fine-tuning": FULL},
-    3: {f"trained on {T:,}": {"context": T, "group-size": T // 2, "batch-size": 4096 // T}
-        for T in (512, 1024, 2048)},
-    5: {f"G = T/{n}, {name}": FULL | {"attention": attention, "group-size": 2048 // n}
+    3: {f"trained on {T:,}": {"context": T, "group-size": T // 4, "batch-size": 4096 // T}
+        for T in (512, 1024, 2048)} | {"2,048, linear": {"rope": "linear"}},
+    5: {f"G = T/{n}, {name}": {"attention": attention, "group-size": 2048 // n}
         for n in (2, 4, 8)
         for attention, name in (("shifted", "shifted"), ("local", "not shifted"))}}
-PASSKEY = {"context": 4096, "group-size": 2048, "batch-size": 1, "steps": 720, "passkey": 0.8,
-           "lr": 3e-3}
 
 # 7B at 32,768 tokens, by full attention and as trained. Table 1 has one of them for S2-Attn, 8.08,
 # and the other for groups without shift, 9.47; these are from Table 6 (LoRA+), which has both.
@@ -557,11 +563,11 @@ PAPER = {"full attention": ("8.04", "8.04"), "local groups": ("8.39", "9.17"),
          "full fine-tuning": ("8.08", None), "G = T/4, shifted": ("8.12", "8.64"),
          "G = T/4, not shifted": ("8.39", "9.17")}
 TITLES = {
-    1: "Table 1. Perplexity by attention in training (full fine-tuning; the paper's: LoRA+)",
-    2: "Table 2. Perplexity by trainable parameters (S2-Attn; + at rank 64, the paper's at rank 8)",
+    1: "Tables 1 and 6. Perplexity by attention in training",
+    2: "Table 2. Perplexity by trainable parameters (S2-Attn; rank 8 unless noted)",
     3: "Tables 3 and 4. Perplexity by evaluated length, full attention",
     4: "Passkey figure. Share of keys retrieved, by tokens in the prompt",
-    5: "Tables 6 and 7. Perplexity by group size and shift (full fine-tuning; the paper's: LoRA+)"}
+    5: "Table 7. Perplexity by group size and shift"}
 
 
 def run_script(result: Path, script: str, *flags) -> dict:
@@ -602,7 +608,8 @@ def run_table(out: Path, table: int, seeds: int) -> list[dict]:
     rows = []
     if table == 3:
         rows = [{"variant": name} | perplexities(out, {}, name, CONTEXTS, *flags)
-                for name, flags in (("base", []), ("interpolated", ["--extend", 2048]))]
+                for name, flags in (("base", []), ("linear", ["--extend", 2048]),
+                                    ("yarn", ["--extend", 2048, "--rope", "yarn"]))]
     for variant, changes in VARIANTS[table].items():
         for seed in range(1, 1 + (seeds if table < 3 else 1)):
             settings = DEFAULTS | changes | {"seed": seed}
@@ -613,14 +620,27 @@ def run_table(out: Path, table: int, seeds: int) -> list[dict]:
     return rows
 
 
+def run_positions(out: Path) -> dict[str, list[float]]:
+    """Perplexity in 32 bins of a window, as trained, of the runs of table 1."""
+    found = {}
+    for name, changes in ATTENTIONS.items():
+        settings = DEFAULTS | changes
+        rows = measure(out, settings, "positions", "perplexity", "--context", 2048, "--protocol",
+                       "official", "--stride", 2048, "--by-position", 32, "--attention",
+                       settings["attention"], "--group-size", settings["group-size"])
+        found[name] = [rows[0][f"bin {i}"] for i in range(1, 33)]
+    return found
+
+
 def run_passkeys(out: Path) -> list[dict]:
     """Passkeys retrieved before and after extension, and stretched beyond the trained length:
     {"variant", "256": accuracy, ..., "maps": rows of `passkey`}."""
-    rows, extended = [], DEFAULTS | PASSKEY
+    rows, yarn = [], ["--rope", "yarn"]
     for name, settings, lengths, flags in (
-            ("base", {}, CONTEXTS, []), ("interpolated", {}, CONTEXTS, ["--extend", 4096]),
-            ("extended", extended, f"{CONTEXTS},4096", []),
-            ("stretched", extended, f"{CONTEXTS},4096,6144", ["--extend", 8192])):
+            ("base", {}, CONTEXTS, []),
+            ("interpolated", {}, CONTEXTS, ["--extend", 2048, *yarn]),
+            ("extended", DEFAULTS, f"{CONTEXTS},3072", []),
+            ("stretched", DEFAULTS, f"{CONTEXTS},3072,4096", ["--extend", 4096])):
         maps = measure(out, settings, f"passkey-{name}", "passkey", "--length", lengths,
                        "--depths", 5, "--trials", 10, *flags)
         accuracies = {str(row["length"]): row["accuracy"] for row in maps}
@@ -639,7 +659,7 @@ def print_paper_table(table: int, rows: list[dict]) -> None:
             line[name] = f"{statistics.mean(values):.2f}" if values else None
             if len(values) > 1:
                 line[name] += f" ± {statistics.stdev(values):.2f}"
-        if table in (1, 2, 5):
+        if table in (1, 2):
             line["paper"], line["as trained, paper"] = PAPER.get(variant, (None, None))
         lines.append(line)
     print(f"\n{TITLES[table]}\n")
@@ -692,9 +712,9 @@ def load(args: argparse.Namespace, context: int = 0) -> tuple[longlora.Llama, to
     dtype = compute_dtype(args.dtype, device)
     model = longlora.load_model(args.model, dtype, device, context=context or args.extend)
     if args.adapter:
-        longlora.load_adapter(model, args.adapter, args.extend)
+        longlora.load_adapter(model, args.adapter, args.extend, args.rope)
     elif args.extend:
-        model.extend(args.extend)
+        model.extend(args.extend, args.rope)
     return model, dtype
 
 
@@ -727,8 +747,8 @@ def run_passkey(args: argparse.Namespace) -> list[dict]:
     model, dtype = load(args, max(args.length))
     tokenizer = prepare.load_tokenizer(args.model, model.config.vocab_size)
     # In ascending order: one that is too short for the prompt is refused before the long work.
-    rows = [passkey(model, tokenizer, length, args.trials, args.depths, args.seed, dtype,
-                    args.official) for length in sorted(args.length)]
+    rows = [passkey(model, tokenizer, length, args.trials, args.depths, args.seed, dtype)
+            for length in sorted(args.length)]
     depths = [f"to {(i + 1) / args.depths:.0%}" for i in range(args.depths)]
     print_table([row | {"by_depth": "of the filler:"} | dict(zip(depths, row["by_depth"]))
                  for row in rows])
@@ -840,10 +860,10 @@ def run_bench(args: argparse.Namespace) -> list[dict]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    dtype, checkpointing = compute_dtype(args.dtype, device), args.checkpointing or args.offload
+    dtype = compute_dtype(args.dtype, device)
     speed = matmul_speed(device, dtype)
     model = random_model(config, device, dtype, args.trainable, args.rank, args.quantize)
-    model.model.checkpointing, model.model.offload = checkpointing, args.offload
+    model.model.checkpointing, model.model.offload = args.checkpointing, args.offload
     if args.compile:
         compile_layers(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -864,7 +884,8 @@ def run_bench(args: argparse.Namespace) -> list[dict]:
             optimizer.zero_grad()  # the gradients of a step that failed
             print(f"{T:9,} tokens: out of memory", flush=True)
             continue
-        flops = step_flops(config, T, attention, args.trainable, args.rank, checkpointing)
+        flops = step_flops(config, T, attention, args.trainable, args.rank, args.checkpointing,
+                           args.offload)
         row |= {"tokens_per_s": T / row["seconds"], "flops_per_token": flops / T,
                 "matmul_share": flops / row["seconds"] / speed}
         print(f"{T:9,} tokens: {row['seconds']:.3f} s, {row['tokens_per_s']:,.0f} tokens/s, "
@@ -885,6 +906,8 @@ def run_paper(args: argparse.Namespace) -> list[dict]:
     for table, rows in tables.items():
         print_paper_table(table, rows)
     if find_spec("matplotlib"):
+        if 1 in tables:
+            plot_positions(args.out / "positions.svg", run_positions(args.out), 2048, 512)
         if 3 in tables:
             contexts = integers(CONTEXTS)
             plot_curves(args.out / "perplexity.svg", {
@@ -914,6 +937,7 @@ def main() -> None:
             add("--adapter", help="folder of an adapter: train.py's, PEFT's or the paper's")
             add("--extend", type=positive, metavar="TOKENS", help="interpolate to this window (an "
                 "adapter records it, but the paper's do not)")
+            add("--rope", choices=longlora.INTERPOLATIONS, help="the rule of --extend (linear)")
         if run is not run_paper:
             add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                 help="to compute in; auto: bfloat16 where the hardware has it")
@@ -935,7 +959,6 @@ def main() -> None:
     add("--depths", type=positive, default=5, help="bins of the depth")
     add("--trials", type=positive, default=20, help="prompts for each length and depth")
     add("--seed", type=natural, default=0, help="of keys and depths")
-    add("--official", action="store_true", help="the official prompts, --trials for each length")
     add("--plot", type=Path, help="draw a heat map, .png or .svg (needs matplotlib)")
 
     add = command(run_answers, "Exact matches and perplexity of answers, by tokens in a sample.")

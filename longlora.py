@@ -4,7 +4,7 @@ The paper is Chen et al., ICLR 2024 (arXiv 2309.12307). Three ideas, in the orde
 
 1. Position interpolation (Section 4.1, after Chen et al. 2023): to read T tokens with a model that
    was pretrained on fewer, rotate queries and keys by position / factor. No rotation angle then
-   lies outside the range of pretraining.
+   lies outside the range of pretraining. YaRN, a gentler rule, divides only the slow rotations.
 2. Shifted sparse attention, S2-Attn (Section 3.2): in training only, attend inside groups of G
    tokens. In half of the heads the groups are shifted by G/2, so that information flows between
    neighbouring groups. The cost grows with T * G instead of T * T.
@@ -51,9 +51,9 @@ from tqdm import tqdm
 class LlamaConfig:
     """Hugging Face's `LlamaConfig`; the defaults are Llama-2-7B's. Raises ValueError on bad sizes.
 
-    `max_position_embeddings` is the window in tokens. `rope_scaling` is None, {"rope_type":
-    "linear", "factor": f}, or Llama 3's own ("llama3"). `sliding_window` is Mistral's: within this
-    many tokens it behaves like Llama.
+    `max_position_embeddings` is the window in tokens. `rope_scaling` is None, or has a "rope_type"
+    of "linear", "yarn" or "llama3" and its fields (`ROPE_FIELDS`). `sliding_window` is Mistral's:
+    within this many tokens it behaves like Llama.
     """
 
     vocab_size: int = 32000
@@ -88,50 +88,63 @@ class LlamaConfig:
             self.head_dim = C // H
         require(type(self.head_dim) is int and self.head_dim in range(2, 4097, 2),
                 f"head_dim must be even (rotary pairs), at most 4,096, got {self.head_dim!r}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            require(is_positive(value), f"{name} must be a positive number, got {value!r}")
+        require(is_positive(self.rms_norm_eps) and is_positive(self.rope_theta) and
+                self.rope_theta > 1, "rms_norm_eps must be positive and rope_theta above 1, got "
+                f"{self.rms_norm_eps!r} and {self.rope_theta!r}")
         ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         require(all(id is None or type(id) is int for id in (self.bos_token_id, *ids)),
                 "bos_token_id and eos_token_id must be token ids or null")
         require(type(self.tie_word_embeddings) is bool, "tie_word_embeddings must be true or "
                 f"false, got {self.tie_word_embeddings!r}")
         if self.rope_scaling is not None:
-            self.rope_scaling = checked_rope_scaling(self.rope_scaling)
+            self.rope_scaling = checked_rope_scaling(self.rope_scaling,
+                                                     self.max_position_embeddings)
 
     @property
-    def interpolation_factor(self) -> float:
-        """Positions are divided by this: the linear factor of `rope_scaling`, 1 without it."""
-        linear = self.rope_scaling and self.rope_scaling["rope_type"] == "linear"
-        return self.rope_scaling["factor"] if linear else 1.0
+    def interpolation(self) -> tuple[str | None, float]:
+        """The rule of position interpolation, "linear", "yarn" or None, and its factor."""
+        scaling = self.rope_scaling or {"rope_type": None}
+        known = scaling["rope_type"] in INTERPOLATIONS
+        return (scaling["rope_type"], scaling["factor"]) if known else (None, 1.0)
 
-    def extended(self, context: int) -> "LlamaConfig":
+    def extended(self, context: int, rope: str | None = None) -> "LlamaConfig":
         """This config with a window of `context` tokens, by position interpolation (Section 4.1).
 
-        The factor is ceil(context / window), times the factor that the model already has. A context
-        within the window changes nothing. Raises ValueError beyond a sliding window, and for Llama
-        3's own scaling.
+        `rope` is the rule, "linear" or "yarn" (None: the model's own, else linear). The factor is
+        ceil(context / window), times the factor that the model already has. A context within the
+        window changes nothing. Raises ValueError beyond a sliding window, and for positions that
+        another rule has scaled already.
         """
         if self.sliding_window is not None and context > self.sliding_window:
             raise ValueError(f"the model's sliding_window of {self.sliding_window} tokens is "
                              f"shorter than a context of {context}: ask for a shorter context")
         if context <= self.max_position_embeddings:
             return self
-        if self.rope_scaling and self.rope_scaling["rope_type"] == "llama3":
+        scaling = self.rope_scaling or {"rope_type": rope or "linear", "factor": 1.0}
+        kind = scaling["rope_type"]
+        if kind != (rope or kind) or self.rope_scaling and kind not in INTERPOLATIONS:
             raise ValueError(f"this model reads {self.max_position_embeddings} tokens and cannot "
-                             f"be interpolated to {context}: its positions are scaled by the "
-                             "llama3 rule, and config.json cannot express both scalings")
-        factor = math.ceil(context / self.max_position_embeddings) * self.interpolation_factor
-        scaling = {"rope_type": "linear", "factor": factor}
-        return dataclasses.replace(self, max_position_embeddings=context, rope_scaling=scaling)
+                             f"be extended to {context}{' by ' + rope if rope else ''}: its "
+                             f"positions are scaled by the {kind} rule, and config.json cannot "
+                             "express a second one")
+        if kind == "yarn":
+            scaling = {"original_max_position_embeddings": self.max_position_embeddings} | scaling
+        factor = math.ceil(context / self.max_position_embeddings) * scaling["factor"]
+        return dataclasses.replace(self, max_position_embeddings=context,
+                                   rope_scaling=scaling | {"factor": factor})
 
 
 SIZE_LIMITS = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 24,
                "num_hidden_layers": 1000, "num_attention_heads": 1 << 12,
                "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 31}
+INTERPOLATIONS = ("linear", "yarn")
+# The required and the optional fields of each kind of `rope_scaling`.
 ROPE_FIELDS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": (("factor",), ()),
+    "yarn": (("factor", "original_max_position_embeddings"),
+             ("attention_factor", "beta_fast", "beta_slow", "truncate")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor",
+                "original_max_position_embeddings"), ()),
 }
 
 
@@ -144,21 +157,28 @@ def is_positive(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30
 
 
-def checked_rope_scaling(scaling: dict) -> dict:
+def checked_rope_scaling(scaling: dict, window: int) -> dict:
     """`rope_scaling` in its newer spelling (`rope_type`, not `type`). Raises ValueError."""
-    values = scaling if isinstance(scaling, dict) else {}
-    kind = str(values.get("rope_type", values.get("type")))
-    values = {name: values.get(name) for name in ROPE_FIELDS.get(kind, ())}
-    require(values and all(map(is_positive, values.values())) and values["factor"] >= 1 and (
-            kind == "linear" or values["low_freq_factor"] < values["high_freq_factor"]),
-            'rope_scaling must be {"rope_type": "linear", "factor": at least 1}, Llama 3\'s '
-            f'("llama3"), or null, got {scaling!r}')
+    given = scaling if isinstance(scaling, dict) else {}
+    kind = str(given.get("rope_type", given.get("type")))
+    if kind == "yarn" and given.get("original_max_position_embeddings") is None:
+        given = given | {"original_max_position_embeddings": window}
+    required, optional = ROPE_FIELDS.get(kind, ((), ()))
+    values = {name: given[name] for name in required + optional if given.get(name) is not None}
+    numbers = {name: value for name, value in values.items() if name != "truncate"}
+    low = numbers.get("low_freq_factor", numbers.get("beta_slow", 1))
+    high = numbers.get("high_freq_factor", numbers.get("beta_fast", 32))
+    require(required and set(required) <= values.keys() and all(map(is_positive, numbers.values()))
+            and values["factor"] >= 1 and low < high and not given.get("mscale_all_dim")
+            and type(values.get("truncate", True)) is bool,
+            'rope_scaling must be {"rope_type": "linear", "factor": at least 1}, "yarn" without '
+            f'mscale_all_dim, Llama 3\'s ("llama3"), or null, got {scaling!r}')
     return {"rope_type": kind, **values, "factor": float(values["factor"])}
 
 
-def default_group_size(context: int, groups: int = 4) -> int:
+def default_group_size(context: int) -> int:
     """G for a training context: a quarter (Section 3.2), rounded up to an even number."""
-    return 2 * math.ceil(context / (2 * groups))
+    return 2 * math.ceil(context / 8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,22 +202,46 @@ class RMSNorm(nn.Module):
 
 def rotary_embedding(config: LlamaConfig,
                      positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotation angles at `positions` (T,), both (T, 1, D/2), float32.
+    """cos and sin of the rotation angles at `positions` (T,), both (T, 1, D/2), float32: in
+    bfloat16 the positions 257 and 258 are the same number."""
+    scaling, amplitude = config.rope_scaling, 1.0
+    if scaling and scaling["rope_type"] == "yarn":  # sharper attention among more keys
+        amplitude = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1)
+    frequencies = rotary_frequencies(config).to(positions.device)
+    angle = torch.outer(positions.float(), frequencies)[:, None, :]
+    return angle.cos() * amplitude, angle.sin() * amplitude
 
-    Position interpolation (Section 4.1) happens here and nowhere else: positions are divided by the
-    factor. Always in float32: in bfloat16 the positions 257 and 258 are the same number.
+
+def rotary_frequencies(config: LlamaConfig) -> torch.Tensor:
+    """Radians a token of the rotary pairs (D/2,), fast ones first. Position interpolation happens
+    here and nowhere else.
+
+    "linear" (Section 4.1): position / factor, the same as all pairs slower by the factor. No angle
+    lies outside the range of pretraining, but neighbouring tokens come closer together.
+
+    "yarn" (Peng et al. 2023) and Llama 3.1's rule: pair by pair. A pair that turned many times
+    within the window has seen all of its angles and tells neighbours apart: it stays. One that
+    turned less than once would reach new angles: it is slowed down. In between there is a ramp.
     """
     D, scaling = config.head_dim, config.rope_scaling
-    pair = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-pair / D)  # radians a token: fast pairs first
-    if scaling and scaling["rope_type"] == "llama3":
-        # Llama 3.1 divides slow pairs by the factor, leaves fast ones, and blends in between.
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    if scaling is None:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    window = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":  # a ramp by turns
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        fast = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (fast + (1 - fast) / scaling["factor"])
-    angle = torch.outer(positions.float() / config.interpolation_factor, frequency)[:, None, :]
-    return angle.cos(), angle.sin()
+        slowed = (high - window * frequency / (2 * math.pi)) / (high - low)
+    else:  # a ramp by the index of the pair
+        first, last = (D / 2 * math.log(window / (2 * math.pi * turns), config.rope_theta)
+                       for turns in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)))
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, D - 1)
+        slowed = (torch.arange(D // 2) - first) / max(last - first, 1e-3)
+    slowed = slowed.clamp(0, 1)
+    return frequency * (1 - slowed + slowed / scaling["factor"])
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -348,14 +392,17 @@ class DecoderLayer(nn.Module):
     def mlp_block(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: torch.Tensor, rotary: tuple, attend: Callable,
-                checkpointing: bool) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: tuple, attend: Callable, checkpointing: bool,
+                keep_attention: bool = False) -> torch.Tensor:
         if not checkpointing:
             return self.mlp_block(self.attention_block(x, rotary, attend))
         # Keep the input of either block, recompute the rest in the backward pass. The MLP is the
         # widest part and treats tokens independently, so it goes through in chunks of them.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        x = recompute(self.attention_block, x, rotary, attend)
+        if keep_attention:
+            x = self.attention_block(x, rotary, attend)
+        else:
+            x = recompute(self.attention_block, x, rotary, attend)
         return torch.cat([recompute(self.mlp_block, chunk) for chunk in x.split(MLP_CHUNK, dim=1)],
                          dim=1)
 
@@ -394,7 +441,9 @@ class LlamaModel(nn.Module):
             for i, layer in enumerate(self.layers):
                 if cache is not None:
                     attend = partial(cache.attend, i)
-                x = layer(x, rotary, attend, checkpointing)
+                # The last block's backward pass comes first, when no other activations exist.
+                last = i == len(self.layers) - 1
+                x = layer(x, rotary, attend, checkpointing, last and not self.offload)
         return self.norm(x)
 
 
@@ -432,10 +481,10 @@ class Llama(nn.Module):
     def config(self) -> LlamaConfig:
         return self.model.config
 
-    def extend(self, context: int) -> None:
+    def extend(self, context: int, rope: str | None = None) -> None:
         """Interpolate positions so that `context` tokens fit the window (Section 4.1); see
         `LlamaConfig.extended`."""
-        self.model.config = self.config.extended(context)
+        self.model.config = self.config.extended(context, rope)
 
     def reset_parameters(self) -> None:
         """Random weights as in GPT-2: std 0.02, projections into the residual stream scaled down
@@ -1042,9 +1091,10 @@ def copy_companions(source: str | Path, out: Path) -> None:
 
 
 def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
-          dtype: torch.dtype | None = None, context: int | None = None) -> None:
-    """Write the Hugging Face folder `out`: `base` with `adapter` merged, extended to `context` if
-    that is given. In the base's dtypes unless `dtype` is given. Complete or absent.
+          dtype: torch.dtype | None = None, context: int | None = None,
+          rope: str | None = None) -> None:
+    """Write the Hugging Face folder `out`: `base` with `adapter` merged, extended to `context` by
+    `rope` if that is given. In the base's dtypes unless `dtype` is given. Complete or absent.
 
     Raises ValueError if `out` exists, and as `load_model` and `load_adapter` do.
     """
@@ -1054,9 +1104,9 @@ def merge(base: str | Path, adapter: str | Path | None, out: str | Path,
     model = load_model(base, context=context)
     stored = {name: p.dtype for name, p in model.named_parameters()}
     if adapter is not None:
-        load_adapter(model, adapter, context)
+        load_adapter(model, adapter, context, rope)
     elif context:
-        model.extend(context)
+        model.extend(context, rope)
     if dtype is None:
         for name, p in model.named_parameters():
             p.data = p.data.to(stored.get(name, p.dtype))
@@ -1092,8 +1142,8 @@ def lora_layers(model: Llama) -> dict[str, LoRALinear]:
 def save_adapter(model: Llama, path: str | Path,
                  state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write LoRA and the other trainable parameters as a PEFT adapter: adapter_config.json,
-    adapter_model.safetensors, and longlora.json with the two facts that PEFT has no field for:
-    {"context": tokens, "factor": interpolation factor}.
+    adapter_model.safetensors, and longlora.json with what PEFT has no field for: {"context":
+    tokens, "factor": interpolation factor, "rope": its rule}.
 
     `state_dict` has the gathered trainable weights of a model that is sharded over processes.
     Raises ValueError if the model has no LoRA, or trains more than an adapter can hold.
@@ -1115,8 +1165,8 @@ def save_adapter(model: Llama, path: str | Path,
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / "adapter_model.safetensors",
                       {f"base_model.model.{name}": p for name, p in trained.items()})
-    facts = {"context": model.config.max_position_embeddings,
-             "factor": model.config.interpolation_factor}
+    rope, factor = model.config.interpolation
+    facts = {"context": model.config.max_position_embeddings, "factor": factor, "rope": rope}
     if is_quantized(model):
         facts["quantize"] = "nf4"
     write_json(path / "longlora.json", facts)
@@ -1130,14 +1180,15 @@ def save_adapter(model: Llama, path: str | Path,
         "modules_to_save": sorted(others) or None})
 
 
-def load_adapter(model: Llama, path: str | Path, context: int | None = None) -> None:
+def load_adapter(model: Llama, path: str | Path, context: int | None = None,
+                 rope: str | None = None) -> None:
     """Put a PEFT adapter, or one released with the paper, onto `model`, in place.
 
     The adapter's weights become float32 and trainable: call a bfloat16 model under autocast, or
     convert all of it by `model.to(dtype)`. LoRA of the head is merged into it. If the adapter has
     more vocabulary rows than the model in embedding or head, the other's new rows are the mean of
     its old ones. The window becomes that of longlora.json, then it is extended to `context` tokens
-    if that is given (released adapters do not record their context length). Raises
+    by `rope` if that is given (released adapters do not record their context length). Raises
     FileNotFoundError, and ValueError if the adapter is not supported or does not fit the model; the
     model is then unchanged.
     """
@@ -1146,7 +1197,7 @@ def load_adapter(model: Llama, path: str | Path, context: int | None = None) -> 
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, (nn.Linear, NF4Linear))}
     tensors, loras = read_adapter(path, linears)
-    config = adapter_window(path, model.config, context)
+    config = adapter_window(path, model.config, context, rope)
     rows = max([config.vocab_size] + [tensors[name].shape[:1].numel() for name in (EMBED, HEAD)
                                       if name in tensors])
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -1254,7 +1305,8 @@ def rank_and_scaling(file: Path, config: dict, layer: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def adapter_window(path: Path, config: LlamaConfig, context: int | None) -> LlamaConfig:
+def adapter_window(path: Path, config: LlamaConfig, context: int | None,
+                   rope: str | None) -> LlamaConfig:
     """`config` with the window of the adapter's longlora.json, extended to `context` if given."""
     file = path / "longlora.json"
     if file.exists():
@@ -1262,15 +1314,18 @@ def adapter_window(path: Path, config: LlamaConfig, context: int | None) -> Llam
         trained, factor = values.get("context"), values.get("factor")
         if type(trained) is not int or not 0 < trained < 1 << 31:
             raise ValueError(f"{file}: expected a context in tokens, got {trained!r}")
-        config = config.extended(trained)
-        if config.interpolation_factor != factor:
+        own_rope = values.get("rope", "linear")  # before there was a choice it was linear
+        if own_rope not in (None, *INTERPOLATIONS):
+            raise ValueError(f"{file}: expected linear or yarn as rope, got {own_rope!r}")
+        config = config.extended(trained, own_rope)
+        if config.interpolation[1] != factor:
             raise ValueError(f"{file}: trained with positions interpolated by {factor!r}, but "
                              f"{trained} tokens of this model take "
-                             f"{config.interpolation_factor:g}: it belongs to another base")
+                             f"{config.interpolation[1]:g}: it belongs to another base")
     elif context is None and (path / "trainable_params.bin").exists():
         warnings.warn(f"{path} does not record its context length: without one, positions stay as "
                       "the base has them", stacklevel=3)
-    return config.extended(context) if context else config
+    return config.extended(context, rope) if context else config
 
 
 def resize_token_embeddings(model: Llama, rows: int) -> None:
@@ -1314,11 +1369,12 @@ def main() -> None:
                      help="dtype of the written weights (as in the base)")
     sub.add_argument("--extend", type=int, metavar="TOKENS", help="interpolate positions to this "
                      "many tokens (as the adapter records; released adapters do not)")
+    sub.add_argument("--rope", choices=INTERPOLATIONS, help="the rule of --extend (linear)")
     args = parser.parse_args()
     if args.extend is not None and args.extend < 1:
         raise ValueError(f"--extend must be at least 1, got {args.extend}")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    merge(args.model, args.adapter, args.out, dtype, args.extend)
+    merge(args.model, args.adapter, args.out, dtype, args.extend, args.rope)
     facts = Path(args.adapter or "", "longlora.json")
     if args.adapter and facts.exists() and "quantize" in read_json(facts):
         print("The adapter was trained on this base in 4 bits (nf4); it is merged into the "

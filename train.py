@@ -49,20 +49,20 @@ import longlora
 from data import prepare
 from eval import (TINY_LLAMA, add_adapter, answers, attention_kwargs, autocast, compile_layers,
                   compute_dtype, destroy_distributed, init_distributed, is_main,
-                  local_main_process_first, natural, peak_memory, perplexity, positive, print0,
-                  within, world)
+                  local_main_process_first, natural, passkey, peak_memory, perplexity, positive,
+                  print0, within, world)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
 # Defaults that depend on the model's size: the paper's recipe (Section 4.1), and the best measured
 # for models below 100 million parameters (data/README.md). A small model learns at a higher rate,
-# rank 8 limits it more than it saves, and in few steps groups of half the context do better.
+# and the linear rule would leave it too much to learn again.
 RECIPES = {
     "large": {"steps": 1000, "epochs": 5.0, "batch_size": 64, "lr": 2e-5, "cooldown": 0.0,
-              "rank": 8, "groups": 4},
-    "small": {"steps": 320, "epochs": 1.0, "batch_size": 2, "lr": 2e-3, "cooldown": 1.0,
-              "rank": 64, "groups": 2},
+              "rope": "linear"},
+    "small": {"steps": 240, "epochs": 1.0, "batch_size": 2, "lr": 1e-3, "cooldown": 1.0,
+              "rope": "yarn"},
 }
 SMALL = 100_000_000
 
@@ -86,9 +86,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "times the model's window; with instructions the window)")
     add("--attention", default="shifted", choices=("shifted", "local", "full"), help="in training")
     add("--group-size", type=tokens, help="tokens in a group (a quarter of --context or of a "
-        "sample's length, for a small model half of it, rounded up to even)")
+        "sample's length, rounded up to even)")
+    add("--rope", choices=longlora.INTERPOLATIONS, help="rule of position interpolation (linear, "
+        "as in the paper; for a small model yarn)")
     add("--trainable", default="lora,embed,norm", help="full, or some of lora, embed, norm")
-    add("--rank", type=positive, help="LoRA's rank; alpha is twice the rank")
+    add("--rank", type=positive, default=8, help="LoRA's rank (%(default)s); alpha is twice the "
+        "rank")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=positive, help="optimizer steps")
     add("--epochs", type=within(float, 1e-3, 1e6), help="passes over the data, instead of --steps")
@@ -129,16 +132,17 @@ def fill_defaults(args: argparse.Namespace, model: longlora.Llama) -> None:
     instructions = prepare.is_instructions(args.data)
     size = sum(p.numel() for p in model.parameters())
     recipe = RECIPES["small" if size < SMALL else "large"]
-    args.groups = recipe["groups"]
     if args.steps and args.epochs:
         raise ValueError("--steps and --epochs exclude each other")
-    if args.rank and args.rank > model.config.hidden_size:
+    if args.rank > model.config.hidden_size:
         raise ValueError(f"--rank must be at most the model's width of {model.config.hidden_size}, "
                          f"got {args.rank}")
     if args.steps is None and args.epochs is None:  # epochs become steps when the data are known
         length = "epochs" if instructions else "steps"
         setattr(args, length, recipe[length])
-    for name in ("batch_size", "lr", "cooldown", "rank"):
+    if args.rope is None:
+        args.rope = model.config.interpolation[0] or recipe["rope"]
+    for name in ("batch_size", "lr", "cooldown"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
     if args.context is None:
@@ -149,7 +153,7 @@ def fill_defaults(args: argparse.Namespace, model: longlora.Llama) -> None:
         library = args.data in ("stdlib", "stdlib+tests")
         args.passkey = 0.1 if library and args.context >= prepare.PASSKEY_TOKENS else 0.0
     if args.group_size is None and not instructions:
-        args.group_size = longlora.default_group_size(args.context, args.groups)
+        args.group_size = longlora.default_group_size(args.context)
     if instructions:
         args.micro_batch = 1  # each has a length of its own
     elif args.micro_batch is None:
@@ -157,7 +161,7 @@ def fill_defaults(args: argparse.Namespace, model: longlora.Llama) -> None:
 
     if "full" in longlora.parse_trainable(args.trainable) and args.quantize:
         raise ValueError("--quantize is for frozen weights: --trainable full has none")
-    model.config.extended(args.context)  # refuses what cannot be interpolated, before any work
+    model.config.extended(args.context, args.rope)  # refused here, before any work
     if args.passkey and instructions:
         raise ValueError("--passkey is for a corpus, not for instructions")
     if args.passkey and args.context < prepare.PASSKEY_TOKENS:
@@ -198,7 +202,8 @@ class Sequence(NamedTuple):
 
 
 class Corpus:
-    """Windows of args.context tokens, cut anywhere; the table has perplexity by context.
+    """Windows of args.context tokens, cut anywhere; the table has perplexity by context, and
+    passkeys retrieved if they were among the tokens.
 
     `samples` is the number of windows in an epoch. Raises ValueError if there are too few tokens.
     """
@@ -245,13 +250,24 @@ class Corpus:
     def held_out_loss(self, model: longlora.Llama, dtype: torch.dtype) -> float:
         return math.log(perplexity(model, self.valid, self.args.context, dtype=dtype).value)
 
-    def measure(self, model: longlora.Llama, dtype: torch.dtype) -> dict:
-        return {str(c): perplexity(model, self.test, c, dtype=dtype).value for c in self.contexts}
+    def measure(self, model: longlora.Llama, dtype: torch.dtype) -> dict[str, dict]:
+        found = {"perplexity": {str(c): perplexity(model, self.test, c, dtype=dtype).value
+                                for c in self.contexts}}
+        if self.args.passkey:
+            found["passkey"] = {
+                str(c): passkey(model, self.tokenizer, c, 4, depths=5, dtype=dtype)["accuracy"]
+                for c in self.contexts if c >= prepare.PASSKEY_TOKENS}
+        return found
 
-    def table(self, results: dict[str, dict]) -> str:
-        rows = {name: [row[str(c)] for c in self.contexts] for name, row in results.items()}
-        return table(f"perplexity on {len(self.test):,} held-out tokens, full attention, by tokens "
-                     "in a window", [f"{c:,}" for c in self.contexts], rows)
+    def table(self, results: dict[str, dict[str, dict]]) -> str:
+        titles = {"perplexity": f"perplexity on {len(self.test):,} held-out tokens",
+                  "passkey": "share of 20 passkeys retrieved"}
+        columns = [f"{c:,}" for c in self.contexts]
+        return "\n\n".join(
+            table(f"{titles[metric]}, full attention, by tokens in a window", columns,
+                  {name: [row.get(str(c), math.nan) for c in self.contexts]
+                   for name, row in rows.items()})
+            for metric, rows in results.items())
 
 
 class Instructions:
@@ -265,7 +281,7 @@ class Instructions:
 
     def __init__(self, args: argparse.Namespace, config: longlora.LlamaConfig):
         self.args = args
-        self.groups = f"{args.group_size:,}" if args.group_size else f"1/{args.groups} of a sample"
+        self.groups = f"{args.group_size:,}" if args.group_size else "a quarter of a sample"
         with local_main_process_first():
             parts = prepare.open_splits(args.data, args.model, config.vocab_size, args.context)
         self.train, valid, test = parts
@@ -291,7 +307,7 @@ class Instructions:
                f"{prepare.describe_lost(parts)}")
 
     def group_size(self, length: int) -> int:
-        return self.args.group_size or longlora.default_group_size(length, self.args.groups)
+        return self.args.group_size or longlora.default_group_size(length)
 
     def order(self, first: int, last: int) -> np.ndarray:
         """The samples that are drawn as number first, first + 1, ..., last - 1 of the run."""
@@ -308,10 +324,11 @@ class Instructions:
     def held_out_loss(self, model: longlora.Llama, dtype: torch.dtype) -> float:
         return math.log(answers(model, self.valid, dtype)[-1]["perplexity"])
 
-    def measure(self, model: longlora.Llama, dtype: torch.dtype) -> list[dict]:
-        return answers(model, self.test, dtype)
+    def measure(self, model: longlora.Llama, dtype: torch.dtype) -> dict[str, list[dict]]:
+        return {"answers": answers(model, self.test, dtype)}
 
-    def table(self, results: dict[str, list[dict]]) -> str:
+    def table(self, results: dict[str, dict[str, list[dict]]]) -> str:
+        results = results["answers"]
         rows = {f"{name}: {metric.replace('_', ' ')}": [row[metric] for row in found]
                 for metric in ("exact_match", "perplexity") for name, found in results.items()}
         first = next(iter(results.values()))
@@ -441,12 +458,13 @@ def main(args: argparse.Namespace) -> None:
         """A row of the table at the end."""
         if args.eval_tokens and name not in results[data.metric]:
             print0(f"held-out {data.metric}: {name}")
-            results[data.metric][name] = data.measure(model, dtype)
+            for metric, row in data.measure(model, dtype).items():
+                results.setdefault(metric, {})[name] = row
 
     if args.init == "pretrained":
         measure("base")
     if args.context > model.config.max_position_embeddings:
-        model.extend(args.context)
+        model.extend(args.context, args.rope)
         measure("interpolated")
 
     model.model.checkpointing, model.model.offload = args.checkpointing, args.offload
@@ -513,7 +531,7 @@ def main(args: argparse.Namespace) -> None:
     if is_main():
         longlora.write_json(out / "results.json", results)
     if args.eval_tokens:
-        print0(f"\n{data.table(results[data.metric])}\n")
+        print0(f"\n{data.table(results)}\n")
     flags = "--model" if args.trainable == "full" else f"--model {args.model} --adapter"
     print0("\n  ".join([f"Written to {out}. Next:", *(
         f"python eval.py {command} {flags} {out}" for command in data.next_commands)]))
@@ -528,9 +546,10 @@ def print_summary(args: argparse.Namespace, model: longlora.Llama, groups: str,
     where = f"{device.type}, {str(dtype)[6:]}"
     if dist.is_initialized():
         where += f" on {dist.get_world_size()} processes"
+    rope, factor = model.config.interpolation
     print0(f"{args.model}: {longlora.count_parameters(model):,} parameters, {trained:,} trainable "
-           f"({args.trainable}); {args.context:,} tokens, positions divided by "
-           f"{model.config.interpolation_factor:g}, {attention}; {where}")
+           f"({args.trainable}); {args.context:,} tokens, positions interpolated by {factor:g} "
+           f"({rope}), {attention}; {where}")
 
 
 # ==================================================================================================
@@ -891,7 +910,7 @@ def plan(args: argparse.Namespace, config: longlora.LlamaConfig) -> dict[str, fl
         for p in trained:  # gradients are counted on their own: FSDP shards them
             p.register_post_accumulate_grad_hook(
                 lambda p: setattr(live, "live", live.live - p.grad.nbytes))
-        G = args.group_size or longlora.default_group_size(args.context, args.groups)
+        G = args.group_size or longlora.default_group_size(args.context)
         with fake_gpu(live), torch.autocast("cpu", dtype, enabled=dtype != torch.float32,
                                             cache_enabled=args.gpus == 1):
             tokens = torch.zeros(B, T, dtype=torch.long)

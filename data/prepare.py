@@ -23,7 +23,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import sys
 import sysconfig
@@ -390,16 +389,6 @@ def passkey_document(tokenizer: Tokenizer, length: int, rng: np.random.Generator
         if characters == 10:
             raise ValueError(f"a passkey prompt does not fit into {length} tokens; ask for more")
         characters = max(10, characters - max(1, 2 * (len(ids) - length)))
-
-
-def official_passkey(tokenizer: Tokenizer, length: int, seed: int) -> tuple[list[int], int, float]:
-    """The official evaluation's prompt for a nominal `length` (3.75 characters of filler a token,
-    in steps of 1,024) and a seed, and the key's depth, 0 to 1. No key is held out."""
-    characters, draw = int(3.75 * length // 1024 * 1024), random.Random(seed)
-    filler = FILLER * (characters // len(FILLER) + 1)
-    before, key = draw.randint(0, characters), draw.randint(1, 50_000)
-    ids, n = passkey_prompt(tokenizer, key, filler[:before], filler[:characters - before])
-    return ids, n, before / max(1, characters)
 
 
 def passkey_documents(tokenizer: Tokenizer, room: int, rng: np.random.Generator) -> list[int]:
