@@ -103,9 +103,9 @@ class LlamaConfig:
     @property
     def interpolation(self) -> tuple[str | None, float]:
         """The rule of position interpolation, "linear", "yarn" or None, and its factor."""
-        scaling = self.rope_scaling or {"rope_type": None}
-        known = scaling["rope_type"] in INTERPOLATIONS
-        return (scaling["rope_type"], scaling["factor"]) if known else (None, 1.0)
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type")
+        return (kind, scaling["factor"]) if kind in INTERPOLATIONS else (None, 1.0)
 
     def extended(self, context: int, rope: str | None = None) -> "LlamaConfig":
         """This config with a window of `context` tokens, by position interpolation (Section 4.1).
