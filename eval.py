@@ -560,8 +560,7 @@ PAPER = {"full attention": ("8.04", "8.04"), "local groups": ("8.39", "9.17"),
          "S2-Attn": ("8.12", "8.64"), "LoRA, rank 8": ("11.44", None),
          "LoRA, rank 64": ("11.96", None), "LoRA + norms": ("10.49", None),
          "LoRA + embedding": ("8.29", None), "LoRA + both (LoRA+)": ("8.12", "8.64"),
-         "full fine-tuning": ("8.08", None), "G = T/4, shifted": ("8.12", "8.64"),
-         "G = T/4, not shifted": ("8.39", "9.17")}
+         "full fine-tuning": ("8.08", None)}
 TITLES = {
     1: "Tables 1 and 6. Perplexity by attention in training",
     2: "Table 2. Perplexity by trainable parameters (S2-Attn; rank 8 unless noted)",

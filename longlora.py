@@ -207,12 +207,12 @@ def rotary_embedding(config: LlamaConfig,
     scaling, amplitude = config.rope_scaling, 1.0
     if scaling and scaling["rope_type"] == "yarn":  # sharper attention among more keys
         amplitude = scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1)
-    frequencies = rotary_frequencies(config).to(positions.device)
+    frequencies = rotary_frequencies(config, positions.device)
     angle = torch.outer(positions.float(), frequencies)[:, None, :]
     return angle.cos() * amplitude, angle.sin() * amplitude
 
 
-def rotary_frequencies(config: LlamaConfig) -> torch.Tensor:
+def rotary_frequencies(config: LlamaConfig, device: torch.device) -> torch.Tensor:
     """Radians a token of the rotary pairs (D/2,), fast ones first. Position interpolation happens
     here and nowhere else.
 
@@ -224,7 +224,8 @@ def rotary_frequencies(config: LlamaConfig) -> torch.Tensor:
     turned less than once would reach new angles: it is slowed down. In between there is a ramp.
     """
     D, scaling = config.head_dim, config.rope_scaling
-    frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    pair = torch.arange(D // 2, device=device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-2 * pair / D)
     if scaling is None:
         return frequency
     if scaling["rope_type"] == "linear":
@@ -239,7 +240,7 @@ def rotary_frequencies(config: LlamaConfig) -> torch.Tensor:
         if scaling.get("truncate", True):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, D - 1)
-        slowed = (torch.arange(D // 2) - first) / max(last - first, 1e-3)
+        slowed = (pair - first) / max(last - first, 1e-3)
     slowed = slowed.clamp(0, 1)
     return frequency * (1 - slowed + slowed / scaling["factor"])
 
