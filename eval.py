@@ -59,8 +59,9 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def init_distributed() -> torch.device:
-    """This process's device. Under torchrun, also join its process group (nccl or gloo)."""
+def init_distributed(minutes: float = 60) -> torch.device:
+    """This process's device. Under torchrun, also join its process group (nccl or gloo), in which a
+    process that is silent for `minutes` is taken for lost: so long may one encode a text."""
     device, backend = default_device(), "gloo"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
@@ -73,7 +74,7 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    timeout = timedelta(hours=1)  # one process encodes the text while the others wait
+    timeout = timedelta(minutes=minutes)
     store, rank, size = next(dist.rendezvous("env://"))
     store.set_timeout(timeout)  # init_process_group would leave it at 30 minutes
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -705,11 +706,16 @@ def print_table(rows: list[dict]) -> None:
 def load(args: argparse.Namespace, context: int = 0) -> tuple[longlora.Llama, torch.dtype]:
     """The model to evaluate, on this process's device, and the dtype to compute in. A sliding
     window shorter than `context` is refused."""
+    if args.rope and not args.extend:
+        raise ValueError("--rope is the rule of --extend TOKENS, which is not given")
     device = init_distributed()
     # cuDNN's attention builds a plan for each new length, which takes half a second.
     torch.backends.cuda.enable_cudnn_sdp(args.run is run_perplexity)
     dtype = compute_dtype(args.dtype, device)
-    model = longlora.load_model(args.model, dtype, device, context=context or args.extend)
+    model = longlora.load_model(args.model, context=context or args.extend)
+    if args.quantize:  # matrix by matrix: the device never holds the model in 16 bits
+        longlora.quantize(model, dtype, device)
+    model.to(device, dtype)
     if args.adapter:
         longlora.load_adapter(model, args.adapter, args.extend, args.rope)
     elif args.extend:
@@ -937,6 +943,7 @@ def main() -> None:
             add("--extend", type=positive, metavar="TOKENS", help="interpolate to this window (an "
                 "adapter records it, but the paper's do not)")
             add("--rope", choices=longlora.INTERPOLATIONS, help="the rule of --extend (linear)")
+            add("--quantize", choices=("nf4",), help="linear layers below the head in 4 bits")
         if run is not run_paper:
             add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                 help="to compute in; auto: bfloat16 where the hardware has it")

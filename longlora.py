@@ -756,8 +756,8 @@ def is_quantized(model: Llama) -> bool:
 
 def refuse_quantized(model: Llama) -> None:
     if is_quantized(model):
-        raise ValueError("4-bit weights are for training only: save the adapter, and merge it into "
-                         "the original base")
+        raise ValueError("4-bit weights are not saved or merged: save the adapter, and merge it "
+                         "into the original base")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -989,11 +989,11 @@ def load_config(path: str | Path, context: int | None = None) -> LlamaConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
-               device: str | torch.device = "cpu", context: int | None = None) -> Llama:
+               context: int | None = None) -> Llama:
     """The Llama in a Hugging Face folder, in the file's dtype unless `dtype` is given, all frozen.
 
-    On the CPU, in the file's dtype, weights stay mapped to their file: they cost time and memory
-    when they are used. `context` as in `load_config`. Raises FileNotFoundError, and ValueError for
+    In the file's dtype, weights stay mapped to their file: they cost time and memory when they are
+    used. `context` as in `load_config`. Raises FileNotFoundError, and ValueError for
     anything that is not a Llama, is broken, or does not fit its config.
     """
     path = Path(path)
@@ -1013,7 +1013,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
     # A tied head is no parameter of its own.
     check_tensors(path, loaded, {name: p.shape for name, p in model.named_parameters()})
     for name, tensor in loaded.items():
-        loaded[name] = tensor.to(device, dtype or tensor.dtype)
+        loaded[name] = tensor.to(dtype or tensor.dtype)
     model.load_state_dict(loaded, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -1359,6 +1359,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 def main() -> None:
+    if len(sys.argv) == 1:
+        print("LongLoRA in one file: S2-Attn, LoRA+, position interpolation, and the Llama that "
+              "they change.\nRead it from the top; the method ends at the banner \"Files\". "
+              "train.py uses it: python train.py.\nThis file itself can only merge: python "
+              "longlora.py merge --help")
+        return
     parser = argparse.ArgumentParser(description="Write a Llama, with or without an adapter merged "
                                      "into it, as a Hugging Face folder.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -1374,6 +1380,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.extend is not None and args.extend < 1:
         raise ValueError(f"--extend must be at least 1, got {args.extend}")
+    if args.rope and not args.extend:
+        raise ValueError("--rope is the rule of --extend TOKENS, which is not given")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     merge(args.model, args.adapter, args.out, dtype, args.extend, args.rope)
     facts = Path(args.adapter or "", "longlora.json")

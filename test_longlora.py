@@ -6,6 +6,7 @@
     python test_longlora.py   # no test: the time of S2-Attn over that of full attention
 """
 import ast
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -13,6 +14,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ import time
 import zipfile
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -263,7 +266,7 @@ def test_llama_is_the_reference(shape, name):
 @torch.no_grad()
 def test_a_token_changes_what_two_layers_of_visible_tokens_reach(name):
     """So nothing before it; nothing beyond its group unless shifted."""
-    T, attention, model = 21, ATTENTIONS[name], tiny()
+    T, attention, model = 24, ATTENTIONS[name], tiny()  # whole groups: a roll would leak
     tokens = TOKENS[:1, :T].expand(T, T)
     changed = (tokens + torch.eye(T, dtype=torch.int64)) % 64  # row t: only token t is another
     difference = model(changed, None, *attention) - model(tokens, None, *attention)
@@ -386,16 +389,19 @@ def test_residual_stream_and_norms_are_bf16_under_autocast(device):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def training_step(device, saver=None, nf4=False):
+def training_step(device, variant=""):
     """Loss and gradients of a small bfloat16 model: by autocast, but in float32 on the CPU."""
     torch.manual_seed(0)
     model = Llama(LlamaConfig(512, 256, 512, 4, 8, num_key_value_heads=4)).bfloat16()
-    if nf4:
+    if "nf4" in variant:
         longlora.quantize(model, torch.float32 if device == "cpu" else torch.bfloat16)
     longlora.add_lora(model, dtype=torch.bfloat16)
     model.reset_parameters()  # so that LoRA's B is not 0
     longlora.set_trainable(model.float() if device == "cpu" else model, "lora,embed,norm")
-    model.to(device).model.checkpointing, model.model.offload = bool(saver), saver == "offload"
+    model.to(device).model.checkpointing = "checkpointing" in variant
+    model.model.offload = "offload" in variant
+    if variant == "compile":
+        evaluation.compile_layers(model)
     tokens = torch.randint(512, (2, 513)).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
         loss = model(tokens[:, :-1], tokens[:, 1:], group_size=128)
@@ -403,12 +409,14 @@ def training_step(device, saver=None, nf4=False):
     return loss.item(), [p.grad.flatten().cpu() for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("saver, nf4", [
-    (None, False), ("checkpointing", False), ("offload", False), ("checkpointing", True)])
+@pytest.mark.parametrize("variant", [
+    "", "checkpointing", "offload", "nf4, checkpointing", "compile"])
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_a_training_step_in_bf16_on_a_gpu_is_that_of_float32_on_the_cpu(device, saver, nf4):
-    loss, gradients = training_step(device, saver, nf4)
-    expected_loss, expected = training_step("cpu", nf4=nf4)
+def test_a_training_step_in_bf16_on_a_gpu_is_that_of_float32_on_the_cpu(device, variant,
+                                                                        monkeypatch):
+    monkeypatch.setattr(longlora, "apply_rotary", longlora.apply_rotary)  # compiling replaces it
+    expected_loss, expected = training_step("cpu", "nf4" if "nf4" in variant else "")
+    loss, gradients = training_step(device, variant)
     assert loss == pytest.approx(expected_loss, rel=1e-2)
     assert min(F.cosine_similarity(x, y, dim=0) for x, y in zip(gradients, expected)) > 0.999
 
@@ -769,7 +777,8 @@ def test_an_adapter_trained_in_4_bits_is_for_the_original_base(here):
 @pytest.mark.parametrize("line, says", [
     ("--model nowhere --out new", "no such model folder"), ("--model base --out base", "exists"),
     ("--model base --adapter nowhere --out new", "no such file"),
-    ("--model . --out new", "convert"), ("--model base --out new --extend 0", "at least 1")])
+    ("--model . --out new", "convert"), ("--model base --out new --extend 0", "at least 1"),
+    ("--model base --out new --rope yarn", "which is not given")])
 def test_bad_input_of_merge_is_one_line_and_status_2(line, says, here, monkeypatch, capsys):
     save_model(tiny(), "base")
     write_json(here / "params.json", {})  # as in Meta's folders
@@ -778,6 +787,12 @@ def test_bad_input_of_merge_is_one_line_and_status_2(line, says, here, monkeypat
         runpy.run_path(str(ROOT / "longlora.py"), run_name="__main__")
     assert re.fullmatch(rf"longlora.py: error: .*{says}.*\n", capsys.readouterr().err)
     assert sorted(os.listdir()) == ["base", "params.json"]
+
+
+def test_longlora_py_alone_says_what_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longlora.py"])
+    runpy.run_path(str(ROOT / "longlora.py"), run_name="__main__")
+    assert re.search("S2-Attn(.*\n)+.*python train.py", capsys.readouterr().out)
 
 
 def in_a_new_process(function, *arguments, seconds=60):
@@ -1507,11 +1522,26 @@ def test_processes_evaluate_as_one_does(tmp_path, monkeypatch):
     torch.multiprocessing.spawn(worker, (tmp_path / "store", evaluated()), 2)
 
 
+def test_a_4_bit_model_is_evaluated_with_an_adapter(folder, evaluate, tmp_path):
+    """As one that is quantised by hand, before the adapter comes."""
+    longlora.save_adapter(lora_model(), tmp_path)
+    words = ("perplexity --model model --data tokens.bin --max-tokens 64 --context 16 --dtype "
+             f"float32 --adapter {tmp_path}").split()
+    found, plain = (evaluate(*words, *more)[0]["perplexity"]
+                    for more in (["--quantize", "nf4"], []))
+    longlora.quantize(by_hand := tiny(), torch.float32)
+    load_adapter(by_hand, tmp_path)
+    tokens = np.fromfile(folder / "tokens.bin", np.uint16)[:64]
+    assert found == pytest.approx(evaluation.perplexity(by_hand, tokens, 16).value)
+    assert abs(found / plain - 1) > 1e-3
+
+
 BAD_EVAL_INPUT = {
     "perplexity --model model --data tokens.bin --context 16": """--adapter nowhere
         | --adapter model | --data half.bin | --model nowhere | --data short.bin --context 64
         | --data beyond.bin | --context 16,x | --context 1 | --stride 16 | --attention shifted
-        | --attention local --group-size 7 | --max-tokens 15 | --protocol x | --json nowhere/x""",
+        | --attention local --group-size 7 | --max-tokens 15 | --rope yarn | --protocol x
+        | --json nowhere/x""",
     "passkey --model reader": """--model model | --length 9 | --length 64,0 | --plot nowhere/x.png
         | --plot x.pdf | --depths 0 | --seed -1""",
     "answers --model reader --data questions.json": """--data nowhere.json | --data stdlib
@@ -1865,8 +1895,8 @@ BAD_INPUT = f"""--model nowhere | --model broken | --model no-json | --data nowh
     | --out odd | --overwrite --out odd | --resume --out odd | --model odd --attention shifted
     | --context 400 --eval-every 1 | --trainable full --quantize nf4 | --batch-size 0 | --steps 1.5
     | --plan --model nowhere | --plan --gpus 3 --context-parallel 2 | {ASK} --passkey 0.1
-    | --plan --gpus 3 --context-parallel 3 | --plan --context-parallel 2 --attention full
-    | --rank 1000 | --seed {1 << 63}
+    | --plan --gpus 3 --context-parallel 3 | --plan --gpus 2 --context-parallel 2 --attention full
+    | --timeout 0 | --rank 1000 | --seed {1 << 63}
     | {ASK} --group-size 7 | {ASK} --context 2 | {ASK} --eval-tokens 9 | {ASK} --data bad.jsonl"""
 
 
@@ -2061,6 +2091,14 @@ def saved_steps(out):
     return sorted(int(path.name[5:]) for path in out.glob("checkpoints/step-???????"))
 
 
+def wait_for_saves(out, processes):
+    began = time.monotonic()
+    while len(saved_steps(out)) < 2:
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() - began < 120
+        time.sleep(0.01)
+
+
 def test_killed_runs_end_as_if_they_had_not_been(files, tmp_path):
     """kill -9 at a random moment, from before the first save to the end (or, in run 0, before the
     last save has its name), then --resume. One step is lost at most."""
@@ -2096,9 +2134,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "--max-restarts", "2", ROOT / "train.py", *RUN, "--out", out, *flags],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while len(saved_steps(out)) < 2:
-        assert torchrun.poll() is None
-        time.sleep(0.01)
+    wait_for_saves(out, [torchrun])
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     printed = torchrun.communicate()[0]
@@ -2106,11 +2142,166 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(files, tmp_path):
     assert_same(out, whole)
 
 
+@pytest.fixture
+def two_hosts(files):
+    """Network namespaces joined by a cable. Yields a function that starts train.py by a torchrun
+    on each, whose output goes to host1.txt and host2.txt beside --out; and one that cuts the
+    cable."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    hosts, started = [f"longlora-{os.getpid()}-{host}" for host in (1, 2)], []
+
+    def ip(words):
+        subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+    def start(out, *flags, restarts=0):
+        started.extend(subprocess.Popen(
+            ["ip", "netns", "exec", name, "env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+             f"GLOO_SOCKET_IFNAME=cable{host}", sys.executable,
+             "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.9.8.1:29500", "--local-addr",
+             f"10.9.8.{host}", "--rdzv-conf", f"is_host={host % 2},read_timeout=10",
+             "--max-restarts", f"{restarts}", ROOT / "train.py", *RUN, "--out", out, *flags],
+            stdout=open(out.parent / f"host{host}.txt", "w"), stderr=subprocess.STDOUT, cwd=files)
+            for host, name in enumerate(hosts, 1))
+        return started
+
+    try:
+        for host, name in enumerate(hosts, 1):
+            ip(f"netns add {name}")
+            ip(f"netns exec {name} ip link set lo up")
+        ip(f"link add cable1 netns {hosts[0]} type veth peer name cable2 netns {hosts[1]}")
+        for host, name in enumerate(hosts, 1):
+            ip(f"netns exec {name} ip addr add 10.9.8.{host}/24 dev cable{host}")
+            ip(f"netns exec {name} ip link set cable{host} up")
+        yield start, partial(ip, f"netns exec {hosts[0]} ip link set cable1 down")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr}")
+    finally:
+        for process in started:  # the second may wait for the first one's store, for long
+            process.kill()
+            process.wait()
+        for name in hosts:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_a_process_killed_on_the_second_of_two_hosts_is_started_again(files, tmp_path, two_hosts):
+    """By both torchruns; the run ends as one process alone would have ended it."""
+    start, _ = two_hosts
+    one, out, flags = tmp_path / "one", tmp_path / "out", ["--save-every", "1", "--steps", "20"]
+    spawn(1, training, files, one, *flags)
+    hosts = start(out, *flags, "--resume", restarts=2)
+    wait_for_saves(out, hosts)
+    children = Path(f"/proc/{hosts[1].pid}/task/{hosts[1].pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    ended, said = [host.wait(120) for host in hosts], (tmp_path / "host1.txt").read_text()
+    assert ended == [0, 0] and "resuming from" in said, said
+    assert_same(out, one, 1e-5, 1e-3)
+
+
+def test_a_cable_cut_between_two_hosts_ends_both_and_one_can_go_on(files, tmp_path, two_hosts):
+    """Within the time that the run has stated. The two share each sequence."""
+    start, cut = two_hosts
+    one, out = tmp_path / "one", tmp_path / "out"
+    flags = ["--save-every", "1", "--steps", "60", "--group-size", "16"]
+    spawn(1, training, files, one, *flags)
+    hosts = start(out, *flags, "--context-parallel", "2", "--timeout", "0.2")
+    wait_for_saves(out, hosts)
+    cut()
+    said, began = "", time.monotonic()
+    while said.count("stopped: no connection to another process") < 2:
+        assert time.monotonic() - began < 60, said
+        time.sleep(0.1)
+        said = "".join((tmp_path / f"host{host}.txt").read_text() for host in (1, 2))
+    assert "2 processes (--timeout 0.2 minutes)" in said
+    assert 2 <= len(log(out)) < 60
+    spawn(1, training, files, out, *flags, "--resume")
+    assert_same(out, one, 1e-5, 1e-3)
+
+
 def test_an_adapter_trained_in_4_bits_merges_into_the_original(files, tmp_path, command):
     assert command(*RUN, "--quantize", "nf4", "--out", tmp_path / "out")[0] == 0
     longlora.merge("model", tmp_path / "out", tmp_path / "merged")
     longlora.load_adapter(model := tiny(), tmp_path / "out")
     torch.testing.assert_close(longlora.load_model(tmp_path / "merged")(TOKENS), model(TOKENS))
+
+
+# What the README tells its readers to type --------------------------------------------------------
+
+
+def readme(heading):
+    """The section of that heading."""
+    return (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("lesson", range(1, 7))
+def test_the_readmes_lessons_can_be_followed(lesson, tmp_path, monkeypatch, command):
+    """Their changes of longlora.py fit, and their commands run, on a small model."""
+    text = readme("Six things to try").split(f"**{lesson}. ")[1].split("\n**")[0]
+    change = re.search("```diff\n(.*?)```", text, re.S)
+    text = re.sub("```.*```", "", text, flags=re.S)
+    commands = re.findall("^    (?:python )?(\\S+) (.*)", text, re.M)
+    assert commands
+    if change:
+        old, new = ("".join(line[1:] for line in change[1].splitlines(True) if line[0] in signs)
+                    for signs in (" -", " +"))
+        source = (ROOT / "longlora.py").read_text()
+        assert source.count(old) == 1
+        (tmp_path / "longlora.py").write_text(source.replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        for module in ("longlora", "eval"):
+            monkeypatch.delitem(sys.modules, module)
+    for script, flags in commands:
+        if script == "pytest":
+            for name in ("train.py", "eval.py", "test_longlora.py", "pytest.ini"):
+                shutil.copy(ROOT / name, tmp_path)
+            (tmp_path / "data").symlink_to(ROOT / "data")
+            run = subprocess.run([sys.executable, "-m", "pytest", *flags.split()], cwd=tmp_path,
+                                 capture_output=True, text=True)
+            assert "1 failed, 2 passed" in run.stdout  # full attention and local groups are right
+            continue
+        small = RUN if script == "train.py" else (
+            "--model model --data test.bin --context 64 --group-size 16 --stride 64".split())
+        assert command(*flags.split(), *small, script=script)[0] == 0
+        used = tmp_path if change else ROOT
+        assert sys.modules["longlora"].__file__ == str(used / "longlora.py")
+
+
+def small_llama(path):
+    """Of a window of 128 tokens, with a tokenizer; by transformers where it is installed."""
+    sizes = {"vocab_size": 2048, "max_position_embeddings": 128}
+    if find_spec("transformers"):
+        import transformers
+        config = transformers.LlamaConfig(
+            **sizes, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, torch_dtype="bfloat16")
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
+    else:
+        longlora.save_model(tiny(**sizes), path)
+    shutil.copy(TINY_LLAMA / "tokenizer.model", path)
+
+
+def test_the_readmes_recipes_can_be_followed(files, tmp_path, monkeypatch, command):
+    """Every command as printed, but with shorter contexts and fewer steps, on small models."""
+    recipes = readme("A model of your own").split("**What fits")[0]
+    lines = re.findall("^    python (.*)", recipes, re.M)
+    assert len(lines) == 12
+    monkeypatch.chdir(tmp_path)
+    small_llama("TinyLlama-1.1B")
+    small_llama("Llama-2-7b")
+    os.mkdir("folder")
+    for name in ("book.txt", "folder/a.txt", "another-book.txt", "chapter.txt"):
+        Path(name).write_text(prepare.FILLER * (10 if name == "chapter.txt" else 400))
+    Path("posts.jsonl").write_text(json.dumps({"text": prepare.FILLER}))
+    shutil.copy(files / "questions.jsonl", "LongAlpaca-12k.json")
+    shorter = {"16384": "512", "32768": "512", "2048": "128", "4096": "256", "200": "2", "8": "2"}
+    less = {"passkey": ["--trials", "1"], "generate": ["--max-new-tokens", "3"]}
+    for line in lines:
+        script, *words = shlex.split(line, comments=True)
+        words = [",".join(shorter.get(x, x) for x in word.split(",")) for word in words]
+        status, said, error = command(*words, *less.get(words[0], []), script=script)
+        assert status == 0, (line, error)
+        assert "--plan" not in words or "GiB a GPU suffice:" in said
 
 
 # --plan, and GPUs ---------------------------------------------------------------------------------
@@ -2192,8 +2383,37 @@ def test_70b_on_8_gpus_is_planned_as_arithmetic_says(command):
         times = 2 if name in ("weights", "gradients", "optimizer") else 1
         assert half[name] == pytest.approx(times * size, rel=0.01)
     for memory, says in (("80", " suffice: "), ("1", " do not suffice: .*--offload")):
-        status, said, _ = command("--plan", "--model", "model", "--gpu-memory", memory)
+        status, said, _ = command("--plan", "--model", "model", "--context", "64",
+                                  "--gpu-memory", memory)
         assert status == 0 and re.search(says, said, re.S)
+
+
+def test_the_longest_context_planned_for_a_card_is_the_longest_that_fits(monkeypatch, command):
+    """By a plan of its own for that context, and for a longer one; Llama 3.1 keeps its window."""
+    monkeypatch.setattr(train, "CARDS", (1.01, 3.0))
+    for chunk in ("MLP_CHUNK", "LOSS_CHUNK"):  # fewer, larger operations
+        monkeypatch.setattr(longlora, chunk, 1 << 13)
+    args = train.parse_args(["--plan", "--dtype", "bfloat16"])
+    config = LlamaConfig(vocab_size=2048, hidden_size=1024, intermediate_size=2048,
+                         num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=16)
+    with torch.device("meta"):
+        model = Llama(config)
+    rows = train.longest_contexts(args, model)
+    assert [row["1.01 GiB"] for row in rows] == [None, None, None, None]
+    for row in rows[::3]:
+        for T, fits in ((row["3 GiB"], True), (int(1.03 * row["3 GiB"]), False)):
+            flags = ["--context", f"{T}", "--dtype", "bfloat16", *row["flags"].split()]
+            sizes = planned(config, *flags)[1]
+            assert (sum(sizes.values()) - sizes["host"] < 2.01 * 2**30 / 1.05) == fits
+        assert bool(row["host MB a token"]) == ("offload" in row["flags"])
+    model.model.config = dataclasses.replace(config, rope_scaling=LLAMA3,
+                                             max_position_embeddings=131072)
+    monkeypatch.setattr(train, "plan", lambda args, config: {"all": args.context, "host": 0})
+    args.trainable = "full"  # no weight is frozen, to be quantized
+    rows = train.longest_contexts(args, model)
+    assert [row["3 GiB"] for row in rows] == [131072] * 2
+    status, said, _ = command("--plan", "--model", "model", "--gpu-memory", "12")
+    assert status == 0 and re.search("flags +12 GiB +host MB a token\n", said)
 
 
 # ==================================================================================================

@@ -5,6 +5,7 @@
     python train.py --model TinyLlama-1.1B --data corpus.bin # 2,048 -> 16,384 tokens
     torchrun --nproc-per-node 8 train.py ...                 # on 8 GPUs
     python train.py --plan --gpus 8 --gpu-memory 80 ...      # memory of a step, nothing is loaded
+    python train.py --plan --model DIR                       # longest contexts, by card
     python train.py --help
 
 Top to bottom: settings, the tokens of a step, the loop. Below the banner: several processes on one
@@ -23,6 +24,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +52,7 @@ from data import prepare
 from eval import (TINY_LLAMA, add_adapter, answers, attention_kwargs, autocast, compile_layers,
                   compute_dtype, destroy_distributed, init_distributed, is_main,
                   local_main_process_first, natural, passkey, peak_memory, perplexity, positive,
-                  print0, within, world)
+                  print0, print_table, within, world)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -111,6 +113,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--offload", action="store_true", help="--checkpointing that keeps its inputs on the host")
     add("--compile", action="store_true", help="fuse small operations (needs a C++ compiler)")
     add("--context-parallel", type=positive, default=1, help="processes that share a sequence")
+    add("--timeout", type=within(float, 0.01, 1e6), default=60, metavar="MINUTES", help="of "
+        "silence, after which a process is taken for lost (%(default)s; one may be encoding text)")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="out", help="folder for the adapter or model, log.jsonl and results.json")
     add("--eval-every", type=natural, default=0, help="steps between held-out losses (0: none)")
@@ -120,9 +124,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add = parser.add_argument_group("plan").add_argument
-    add("--plan", action="store_true", help="print the memory of a step; load nothing")
+    add("--plan", action="store_true", help="print the memory of a step; load nothing. Without "
+        "--context: the longest contexts that fit on cards of 8 to 80 GiB")
     add("--gpus", type=positive, default=1, help="GPUs to plan for")
-    add("--gpu-memory", type=within(float, 0), default=80.0, help="GiB of each")
+    add("--gpu-memory", type=within(float, 0), help="GiB of each (80)")
     return parser.parse_args(arguments)
 
 
@@ -428,8 +433,8 @@ def build_optimizer(args: argparse.Namespace, model: longlora.Llama) -> torch.op
 
 
 def main(args: argparse.Namespace) -> None:
-    device = init_distributed()
-    parallel = Parallel.create(args.context_parallel, device)
+    device = init_distributed(args.timeout)
+    parallel = Parallel.create(args.context_parallel, device, args.timeout)
     dtype = compute_dtype(args.dtype, device)
     out = Path(args.out)
     check_out(args)
@@ -545,7 +550,7 @@ def print_summary(args: argparse.Namespace, model: longlora.Llama, groups: str,
         attention += f" in groups of {groups}"
     where = f"{device.type}, {str(dtype)[6:]}"
     if dist.is_initialized():
-        where += f" on {dist.get_world_size()} processes"
+        where += f" on {dist.get_world_size()} processes (--timeout {args.timeout:g} minutes)"
     rope, factor = model.config.interpolation
     print0(f"{args.model}: {longlora.count_parameters(model):,} parameters, {trained:,} trainable "
            f"({args.trainable}); {args.context:,} tokens, positions interpolated by {factor:g} "
@@ -614,7 +619,8 @@ class Parallel(NamedTuple):
     group: dist.ProcessGroup | None = None  # of those that share this process's sequences
 
     @classmethod
-    def create(cls, context_parallel: int, device: torch.device) -> "Parallel":
+    def create(cls, context_parallel: int, device: torch.device,
+               minutes: float = 60) -> "Parallel":
         """Raises ValueError if `context_parallel` does not divide the number of processes."""
         rank, size = world()
         if size % context_parallel:
@@ -623,9 +629,8 @@ class Parallel(NamedTuple):
         if size == 1:
             return cls()
         mesh = init_device_mesh(device.type, (size,))
-        grid = init_device_mesh(device.type, (size // context_parallel, context_parallel),
-                                mesh_dim_names=("data", "context"))
-        return cls(rank, size, context_parallel, mesh, grid["context"].get_group())
+        group, _ = dist.new_subgroups(context_parallel, timeout=timedelta(minutes=minutes))
+        return cls(rank, size, context_parallel, mesh, group)
 
     def share(self, sequences: list[Sequence]) -> list[Sequence]:
         """This process's sequences. Where there are fewer than for other processes, one without
@@ -694,7 +699,7 @@ RUN_FILES = ("results.json", "checkpoints", "states", "adapter_config.json",
              *longlora.COMPANIONS, "log.jsonl")
 # Settings that may differ between a run and its continuation.
 RESUMABLE = {"out", "resume", "overwrite", "eval_every", "save_every", "compile", "checkpointing",
-             "micro_batch", "offload", "context_parallel", "plan", "gpus", "gpu_memory"}
+             "micro_batch", "offload", "context_parallel", "timeout", "plan", "gpus", "gpu_memory"}
 
 
 # PyTorch's notes that a single process is one, and its traceback of an error that we report.
@@ -846,6 +851,7 @@ def restore(args: argparse.Namespace, checkpoint: Checkpoint, model: longlora.Ll
 # storages that are alive. Left out, a few per cent together: kernels' workspaces and fragmentation.
 
 CUDA_GIB, FRAGMENTED = 1.0, 0.05  # taken by CUDA itself; share that its allocator cannot use
+CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 
 
 class LiveBytes(TorchDispatchMode):
@@ -928,14 +934,46 @@ def plan(args: argparse.Namespace, config: longlora.LlamaConfig) -> dict[str, fl
             "activations": live.peak, "host": live.host}
 
 
+def longest_contexts(args: argparse.Namespace, model: longlora.Llama) -> list[dict]:
+    """For each way to save memory, the longest context that fits on GPUs of each size, a multiple
+    of 1,024 (None: not even that). By two plans and the line through them: memory grows evenly."""
+    low, high, rows = 16384, 65536, []
+    given = {"group_size": args.group_size, "micro_batch": args.micro_batch or 1}
+    args.context = model.config.max_position_embeddings
+    fill_defaults(args, model)
+    ways = ("--checkpointing", "--offload", "--checkpointing --quantize nf4",
+            "--offload --quantize nf4")
+    for flags in ways[:2] if args.trainable == "full" else ways:
+        settings = vars(args) | given | {"checkpointing": True, "offload": "--offload" in flags,
+                                         "quantize": "nf4" if "nf4" in flags else None}
+        sizes = [plan(argparse.Namespace(**settings | {"context": T}), model.config)
+                 for T in (low, high)]
+        short, long = (sum(size.values()) - size["host"] for size in sizes)
+        row = {"flags": flags}
+        for card in [args.gpu_memory] if args.gpu_memory else CARDS:
+            room = (card - CUDA_GIB) / (1 + FRAGMENTED) * 2**30
+            T = int(low + (room - short) * (high - low) / (long - short)) // 1024 * 1024
+            try:
+                model.config.extended(max(T, 1), args.rope)
+            except ValueError:  # Llama 3.1 cannot be extended
+                T = model.config.max_position_embeddings
+            row[f"{card:g} GiB"] = T if T > 0 else None
+        rows.append(row | {"host MB a token": sizes[0]["host"] / low / 1e6})
+    return rows
+
+
 def print_plan(args: argparse.Namespace) -> None:
     """Raises ValueError if the settings do not fit together."""
     with torch.device("meta"):
         model = longlora.Llama(longlora.load_config(args.model, args.context))
-    fill_defaults(args, model)
     if args.gpus % args.context_parallel:
         raise ValueError(f"--context-parallel {args.context_parallel} does not divide --gpus "
                          f"{args.gpus}")
+    if args.context is None:
+        print(f"{args.model}: the most tokens that fit, by the memory of a GPU; GPUs: {args.gpus}")
+        print_table(longest_contexts(args, model))
+        return
+    fill_defaults(args, model)
     sizes = plan(args, model.config)
     host = sizes.pop("host")
     print(f"{args.model} at {args.context:,} tokens, {args.attention} attention, {args.trainable} "
@@ -945,10 +983,11 @@ def print_plan(args: argparse.Namespace) -> None:
     if host:
         print(f"    {'in host memory':<20}{host / 2**30:>10.2f}")
     needed = sum(sizes.values()) / 2**30 * (1 + FRAGMENTED) + CUDA_GIB
-    verdict = "suffice" if needed <= args.gpu_memory else "do not suffice"
-    print(f"{args.gpu_memory:g} GiB a GPU {verdict}: {needed:.1f} are needed, with "
+    memory = args.gpu_memory or 80
+    verdict = "suffice" if needed <= memory else "do not suffice"
+    print(f"{memory:g} GiB a GPU {verdict}: {needed:.1f} are needed, with "
           f"{FRAGMENTED:.0%} for fragmentation and {CUDA_GIB:g} GiB for CUDA itself.")
-    if needed > args.gpu_memory:
+    if needed > memory:
         print("Try more GPUs, --checkpointing, --offload, --context-parallel or a smaller "
               "--micro-batch.")
 
@@ -965,3 +1004,11 @@ if __name__ == "__main__":
         except torch.OutOfMemoryError as error:
             sys.exit(f"out of memory: {str(error).splitlines()[0]} Try --checkpointing, a smaller "
                      "--micro-batch or a shorter --context")
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if os.environ.get("TRACEBACK") or not lost:
+                raise
+            text = str(error).splitlines()[0][:200]
+            sys.exit(f"stopped: no connection to another process, or silence for "
+                     f"{arguments.timeout:g} minutes. --resume goes on from the last save, if any "
+                     f"({text})" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
