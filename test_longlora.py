@@ -2259,6 +2259,7 @@ def test_the_readmes_lessons_can_be_followed(lesson, tmp_path, monkeypatch, comm
             run = subprocess.run([sys.executable, "-m", "pytest", *flags.split()], cwd=tmp_path,
                                  capture_output=True, text=True)
             assert "1 failed, 2 passed" in run.stdout  # full attention and local groups are right
+        if script in ("pytest", "git"):
             continue
         small = RUN if script == "train.py" else (
             "--model model --data test.bin --context 64 --group-size 16 --stride 64".split())
