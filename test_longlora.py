@@ -2205,15 +2205,15 @@ def test_a_cable_cut_between_two_hosts_ends_both_and_one_can_go_on(files, tmp_pa
     one, out = tmp_path / "one", tmp_path / "out"
     flags = ["--save-every", "1", "--steps", "60", "--group-size", "16"]
     spawn(1, training, files, one, *flags)
-    hosts = start(out, *flags, "--context-parallel", "2", "--timeout", "0.2")
+    hosts = start(out, *flags, "--context-parallel", "2", "--timeout", "0.25")
     wait_for_saves(out, hosts)
     cut()
     said, began = "", time.monotonic()
     while said.count("stopped: no connection to another process") < 2:
-        assert time.monotonic() - began < 60, said
+        assert time.monotonic() - began < 90, said
         time.sleep(0.1)
         said = "".join((tmp_path / f"host{host}.txt").read_text() for host in (1, 2))
-    assert "2 processes (--timeout 0.2 minutes)" in said
+    assert "2 processes (--timeout 0.25 minutes)" in said
     assert 2 <= len(log(out)) < 60
     spawn(1, training, files, out, *flags, "--resume")
     assert_same(out, one, 1e-5, 1e-3)
