@@ -2383,10 +2383,11 @@ def test_70b_on_8_gpus_is_planned_as_arithmetic_says(command):
     for name, size in two.items():
         times = 2 if name in ("weights", "gradients", "optimizer") else 1
         assert half[name] == pytest.approx(times * size, rel=0.01)
-    for memory, says in (("80", " suffice: "), ("1", " do not suffice: .*--offload")):
+    for memory, says in (("80", " suffice: "), ("1", " do not suffice: .*--offload"),
+                         ("0", "^0 GiB a GPU do not suffice: ")):
         status, said, _ = command("--plan", "--model", "model", "--context", "64",
                                   "--gpu-memory", memory)
-        assert status == 0 and re.search(says, said, re.S)
+        assert status == 0 and re.search(says, said, re.S | re.M)
 
 
 def test_the_longest_context_planned_for_a_card_is_the_longest_that_fits(monkeypatch, command):

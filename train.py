@@ -950,7 +950,7 @@ def longest_contexts(args: argparse.Namespace, model: longlora.Llama) -> list[di
                  for T in (low, high)]
         short, long = (sum(size.values()) - size["host"] for size in sizes)
         row = {"flags": flags}
-        for card in [args.gpu_memory] if args.gpu_memory else CARDS:
+        for card in CARDS if args.gpu_memory is None else [args.gpu_memory]:
             room = (card - CUDA_GIB) / (1 + FRAGMENTED) * 2**30
             T = int(low + (room - short) * (high - low) / (long - short)) // 1024 * 1024
             try:
@@ -970,8 +970,9 @@ def print_plan(args: argparse.Namespace) -> None:
         raise ValueError(f"--context-parallel {args.context_parallel} does not divide --gpus "
                          f"{args.gpus}")
     if args.context is None:
+        rows = longest_contexts(args, model)
         print(f"{args.model}: the most tokens that fit, by the memory of a GPU; GPUs: {args.gpus}")
-        print_table(longest_contexts(args, model))
+        print_table(rows)
         return
     fill_defaults(args, model)
     sizes = plan(args, model.config)
@@ -983,7 +984,7 @@ def print_plan(args: argparse.Namespace) -> None:
     if host:
         print(f"    {'in host memory':<20}{host / 2**30:>10.2f}")
     needed = sum(sizes.values()) / 2**30 * (1 + FRAGMENTED) + CUDA_GIB
-    memory = args.gpu_memory or 80
+    memory = 80 if args.gpu_memory is None else args.gpu_memory
     verdict = "suffice" if needed <= memory else "do not suffice"
     print(f"{memory:g} GiB a GPU {verdict}: {needed:.1f} are needed, with "
           f"{FRAGMENTED:.0%} for fragmentation and {CUDA_GIB:g} GiB for CUDA itself.")
